@@ -1,0 +1,316 @@
+"""The command line: parse, one call, print where the result is. `jobs/*.py` are the same functions as files.
+
+Exit codes: 0 done, 2 wrong usage or configuration, 1 failed. A failure prints what went wrong, where, and what to do;
+``--debug`` shows the traceback.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ray_tracin.datasets import execute_on_ray_data
+from ray_tracin.explanation import explain_region
+from ray_tracin.phantom import Edition
+from ray_tracin.pipeline import STEPS, Executors, is_prepared, run_to, status, verify
+from ray_tracin.planning import Plan, plan_run
+from ray_tracin.runs import Run, open_run, start_run
+from ray_tracin.runtime import cluster, execute_on_ray, write_phantoms
+from ray_tracin.stages import Event, Listener
+
+DEMO_PATIENTS = 28
+PLAIN_LINE_SECONDS = 5.0
+
+app = typer.Typer(
+    help="Explain a segmentation network by its training data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+RunOption = Annotated[str, typer.Option("--run", help="Folder or URL of the run: ./my-run, s3://bucket/run.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")]
+PresetOption = Annotated[str | None, typer.Option("--preset", help="demo or paper.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="One setting, such as data.root=/data/brats.")]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster; embedded without it or RAY_ADDRESS.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+
+
+@contextmanager
+def _failing_clearly(debug: bool) -> Iterator[None]:
+    """Turn an error into a message and an exit code."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        _fail("interrupted; what is done is kept, the same command goes on", 130)
+    except Exception as error:
+        if debug:
+            raise
+        notes = "".join(f"\n  ({note})" for note in getattr(error, "__notes__", ()))
+        known = isinstance(error, ValueError | OSError)
+        kind = "" if known else f"{type(error).__name__}: "
+        hint = "" if known else "\nThis is not an error that was foreseen: --debug shows where it comes from"
+        _fail(f"{kind}{error}{notes}{hint}", 1)
+
+
+@contextmanager
+def _configuring(debug: bool) -> Iterator[None]:
+    """The part of a command in which an error is the configuration's."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    err.print(f"[bold red]error:[/] {_literal(message)}")
+    raise typer.Exit(code)
+
+
+def _literal(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+@app.command()
+def demo(
+    run: RunOption = "ray-tracin-demo",
+    overrides: SetOption = None,
+    address: AddressOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Synthetic patients, then everything on them: minutes on two CPU cores."""
+    folder = Path("ray-tracin-demo-patients") if "://" in run else Path(run) / "patients"
+    with _failing_clearly(debug), cluster(address):
+        started = time.monotonic()
+        with _configuring(debug):
+            opened = start_run(run, preset="demo", overrides=[f"data.root={folder.absolute()}", *(overrides or [])])
+        with _progress() as listen:
+            if not is_prepared(opened):
+                write_phantoms(folder, DEMO_PATIENTS, listen)
+            run_to(opened, STEPS[-1], _executors(), listen)
+        _print_result(opened, time.monotonic() - started)
+
+
+@app.command()
+def phantom(
+    folder: Annotated[Path, typer.Argument(help="Where the patients go.")],
+    patients: Annotated[int, typer.Option(min=1)] = DEMO_PATIENTS,
+    edition: Annotated[Edition, typer.Option(help="Layout of the folders.")] = "2019",
+    seed: Annotated[int, typer.Option()] = 0,
+    address: AddressOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Synthetic patients in a BraTS layout, and nothing else."""
+    with _failing_clearly(debug), cluster(address), _progress() as listen:
+        write_phantoms(folder, patients, listen, edition=edition, seed=seed)
+    out.print(f"{patients} synthetic patients in {folder.absolute()}")
+
+
+def step_command(step: str) -> Callable[..., None]:
+    """The command that completes a step and all before it; also the whole of a file in ``jobs/``."""
+
+    def command(
+        run: RunOption,
+        config: ConfigOption = None,
+        preset: PresetOption = None,
+        overrides: SetOption = None,
+        address: AddressOption = None,
+        debug: DebugOption = False,
+    ) -> None:
+        with _failing_clearly(debug):
+            with _configuring(debug):
+                opened = start_run(run, preset=preset, config=config, overrides=overrides or [])
+            started = time.monotonic()
+            with cluster(address), _progress() as listen:
+                run_to(opened, step, _executors(), listen)
+            _print_result(opened, time.monotonic() - started)
+
+    return command
+
+
+def job(step: str) -> None:
+    """Run a step as a program of its own: what a file in ``jobs/`` calls."""
+    typer.run(step_command(step))
+
+
+_HELP = {
+    "prepare": "Cut the patients' volumes into slices.",
+    "train": "Train the network, keep its checkpoints, map its regions.",
+    "gradients": "Compute the region gradients of every checkpoint.",
+    "influence": "Assemble the influence tensors.",
+    "export": "Write the influence tables.",
+}
+for _step in STEPS:
+    app.command(_step, help=f"{_HELP[_step]} Completes what it needs, resumes where it stands.")(step_command(_step))
+app.command("run", help="All steps, each resumed where it stands.")(step_command(STEPS[-1]))
+
+
+@app.command("plan")
+def plan_command(
+    run: Annotated[str | None, typer.Option("--run", help="A run that exists.")] = None,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    overrides: SetOption = None,
+    patients: Annotated[int | None, typer.Option(help="Number of patients, where there is no data yet.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Before anything runs: bytes, passes, arithmetic, memory of a worker, and which limit it would break."""
+    with _failing_clearly(debug):
+        with _configuring(debug):
+            planned = plan_run(run, config=config, preset=preset, overrides=overrides or [], patients=patients)
+        _print_plan(planned)
+        if planned.problems:
+            _fail("this would not fit:\n  " + "\n  ".join(planned.problems), 1)
+
+
+@app.command("status")
+def status_command(run: RunOption, debug: DebugOption = False) -> None:
+    """Keys done of all, per stage."""
+    with _failing_clearly(debug):
+        with _configuring(debug):
+            opened = open_run(run)
+        table = Table("stage", "done", "of", "work, s", "freed")
+        for line in status(opened):
+            total = "?" if line.total is None else str(line.total)
+            table.add_row(line.stage, str(line.done), total, f"{line.seconds:.1f}", str(line.released or ""))
+        out.print(table)
+
+
+@app.command("verify")
+def verify_command(run: RunOption, debug: DebugOption = False) -> None:
+    """Check every byte of a run against its receipts."""
+    with _failing_clearly(debug):
+        with _configuring(debug):
+            opened = open_run(run)
+        problems = verify(opened)
+        if not problems:
+            out.print(f"every file of {opened.uri} is as it was written")
+            return
+        for key, found in problems.items():
+            for problem in found:
+                out.print(f"{key}: {problem}", markup=False)
+        damaged = len(problems) - ("foreign" in problems)
+        todo = (
+            "run the same command again, which computes exactly these anew" if damaged else "delete the foreign files"
+        )
+        _fail(f"{damaged} damaged keys, {len(problems.get('foreign', []))} foreign files: {todo}", 1)
+
+
+@app.command()
+def explain(
+    run: RunOption,
+    patient: Annotated[str, typer.Option(help="Patient or case.")],
+    index: Annotated[int, typer.Option(help="Position of the slice on its axis.")],
+    class_name: Annotated[str, typer.Option("--class", help="Name of the class.")],
+    top: Annotated[int, typer.Option(min=1, help="How many proponents and opponents.")] = 10,
+    debug: DebugOption = False,
+) -> None:
+    """The local explanation of one region: which training regions pushed the network to it, and which against it."""
+    with _failing_clearly(debug):
+        with _configuring(debug):
+            opened = open_run(run)
+        found = explain_region(opened, patient, index, class_name, top)
+        out.print(
+            f"{found.patient}, slice {found.index}, {found.class_name}: {found.pixels} pixels, "
+            f"overlap {found.overlap:.2f}, region Dice {found.dice:.2f} ({found.query_set} set)",
+            markup=False,
+        )
+        for warning in found.warnings:
+            out.print(f"warning: {warning}", markup=False)
+        for title, ranking in (("Proponents", found.proponents), ("Opponents", found.opponents)):
+            out.print(_ranking_table(title, ranking))
+
+
+def main() -> None:
+    """The entry point of ``ray-tracin``."""
+    app()
+
+
+def _executors() -> Executors:
+    return Executors(pool=execute_on_ray, tables=execute_on_ray_data)
+
+
+@contextmanager
+def _progress() -> Iterator[Listener]:
+    """Bars on a terminal; a plain line now and then where there is none, as in the log of a job."""
+    if not out.is_terminal:
+        yield _PlainLines()
+        return
+    columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=out) as bars:
+        tasks: dict[str, int] = {}
+
+        def listen(event: Event) -> None:
+            if event.stage not in tasks:
+                tasks[event.stage] = bars.add_task(event.stage, total=event.total)
+            bars.update(tasks[event.stage], completed=event.done, total=event.total)  # type: ignore[arg-type]
+
+        yield listen
+
+
+class _PlainLines:
+    """Prints the beginning and end of a stage, and a line every few seconds in between."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._before = 0
+        self._printed = 0.0
+
+    def __call__(self, event: Event) -> None:
+        now = time.monotonic()
+        if event.kind == "begin":
+            self._began, self._before, self._printed = now, event.done, now
+            return
+        if event.kind == "done" and now - self._printed < PLAIN_LINE_SECONDS:
+            return
+        self._printed = now
+        spent, fresh = now - self._began, event.done - self._before
+        left = (
+            f", about {spent / fresh * (event.total - event.done):.0f} s left" if fresh and event.kind == "done" else ""
+        )
+        print(f"{event.stage}: {event.done}/{event.total} in {spent:.1f} s{left} {event.detail}".rstrip(), flush=True)
+
+
+def _ranking_table(title: str, ranking: pd.DataFrame) -> Table:
+    table = Table("rank", "influence", "patient", "slice", "class", "overlap", title=title)
+    for line in ranking.itertuples():
+        values = (line.rank, f"{line.influence:.4g}", line.patient, line.index, line.class_name, f"{line.overlap:.2f}")
+        table.add_row(*(_literal(str(value)) for value in values))
+    return table
+
+
+def _print_plan(planned: Plan) -> None:
+    table = Table("what", "how much", title="Plan")
+    for what, how_much in planned.lines():
+        table.add_row(what, how_much)
+    out.print(table)
+
+
+def _print_result(run: Run, seconds: float) -> None:
+    """Where the result is, and the few numbers that say whether it is worth a look."""
+    out.print(f"done in {seconds:.0f} s: {run.uri}", markup=False)
+    try:
+        last = run.table("checkpoints").iloc[-1]
+    except (ValueError, IndexError):
+        return
+    dice = ", ".join(f"{name} {last[f'dice_validation_{c}']:.2f}" for c, name in enumerate(run.classes, start=1))
+    out.print(f"validation Dice after epoch {int(last['epoch'])}: {dice}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

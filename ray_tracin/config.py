@@ -1,0 +1,398 @@
+"""The configuration of a run: one frozen model a stage, read from one YAML file, presets, and the fingerprint.
+
+A field either changes the answer or only the speed. The first kind is fingerprinted and stored with the run: a run
+resumes on another cluster, never with another configuration. The second kind (``resources``, ``gradients.keep``) is
+marked with ``speed_only`` and may differ from one invocation to the next.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+FORMAT_VERSION = 1
+"""Version of the run on disk; another one is refused."""
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+LabelScheme = Literal["auto", "brats", "brats2023", "brats2024", "msd", "nnunet"]
+
+
+def speed_only(default: Any, **constraints: Any) -> Any:
+    """A field that changes how fast a run goes, never what it computes: left out of the fingerprint."""
+    return Field(default, json_schema_extra={"speed_only": True}, **constraints)
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and refusing keys that it doesn't know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class SliceSelection(Section):
+    """Which slices of a volume are cut."""
+
+    selection: Literal["central", "tumour", "largest", "list"] = "central"
+    """``central``: around the middle of the axis; ``tumour``: around the area-weighted centre of the labels;
+    ``largest``: those with most labelled pixels; ``list``: the positions of ``indices``."""
+    count: PositiveInt = 10
+    """Slices a patient (not used by ``list``)."""
+    indices: tuple[int, ...] = ()
+    """Positions on the slicing axis, after reorientation to LPS; for ``selection: list``."""
+
+    @model_validator(mode="after")
+    def _list_has_indices(self) -> "SliceSelection":
+        if (self.selection == "list") != bool(self.indices):
+            raise ValueError("`indices` goes with `selection: list`, and `selection: list` needs `indices`")
+        return self
+
+
+class DataConfig(Section):
+    """Where the patients are and how their volumes become slices (DESIGN: *Data*)."""
+
+    root: str | None = None
+    """Folder of patients in a BraTS layout, or a CSV file with the columns patient, one per modality, and label."""
+    layout: Literal["auto", "brats", "csv"] = "auto"
+    modalities: tuple[str, ...] = ("t1", "t1ce", "t2", "flair")
+    """Channels of the network, in this order; in a CSV file the names of the columns."""
+    label_scheme: LabelScheme = "auto"
+    """What the label values mean; ``auto`` decides from the union of values over the whole data set."""
+    labels: dict[int, str] | None = None
+    """Label value → class name, in class order; overrides ``label_scheme``."""
+    grade: Literal["all", "HGG", "LGG"] = "all"
+    cohort: Literal["all", "brats2019"] = "all"
+    """``brats2019`` keeps the patients of BraTS 2020 that ``name_mapping.csv`` also lists for 2019."""
+    slices: SliceSelection = SliceSelection()
+    size: PositiveInt = 192
+    """Height and width of a slice after cropping or padding."""
+    crop_start: int | None = None
+    """First row and column of the crop; ``null`` crops around the centre."""
+    intensity: Literal["percentile", "maximum"] = "percentile"
+    """Upper end of the scale to [−1, 1]: the percentile of the non-zero voxels of the volume, or the maximum of the
+    cropped slab."""
+    percentile: Annotated[float, Field(gt=0, le=100)] = 99.5
+    strict: bool = False
+    """Fail on the first patient that cannot be read instead of listing it in ``skipped.parquet``."""
+
+
+class SplitConfig(Section):
+    """The patient-wise split. Without a test share, the test queries are the validation slices."""
+
+    validation: Probability = 0.2
+    test: Probability = 0.0
+
+    @model_validator(mode="after")
+    def _leaves_training_patients(self) -> "SplitConfig":
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation + test must leave patients to train on, got {self.validation} + {self.test}")
+        return self
+
+
+class ModelConfig(Section):
+    """The UNet (DESIGN: *Network*)."""
+
+    width: PositiveInt = 64
+    """Feature maps of the first level and of the last hidden layer; every level below doubles them."""
+    depth: Annotated[int, Field(ge=2)] = 5
+    """Levels, the bottom one included."""
+    norm: Literal["batch", "instance", "group", "none"] = "batch"
+
+
+class AugmentationConfig(Section):
+    """Training-time augmentation: probability of each transform, and its strength."""
+
+    elastic: Probability = 0.5
+    crop: Probability = 0.5
+    mirror: Probability = 0.5
+    """Left–right."""
+    elastic_spacing: Positive = 30.0
+    """Distance of the control points, pixels."""
+    elastic_magnitude: tuple[NonNegative, NonNegative] = (1.0, 2.0)
+    """Range of the displacement at the control points, pixels."""
+    crop_fraction: Annotated[float, Field(gt=0, le=1)] = 0.77
+    """Side of the random window as a share of the slice; it is resized back."""
+
+
+class TrainingConfig(Section):
+    """Section 3.2 of the paper."""
+
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = 10
+    dice: Literal["slice", "batch"] = "slice"
+    """Dice of each slice, averaged, or of all pixels of the batch."""
+    smoothing: Positive = 1e-5
+    adam_epochs: Annotated[int, Field(ge=0)] = 5
+    adam_learning_rate: Positive = 1e-4
+    weight_decay: NonNegative = 1e-5
+    """Of Adam; SGD has none."""
+    sgd_learning_rate: Positive = 1e-2
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    augmentation: AugmentationConfig = AugmentationConfig()
+    workers: PositiveInt = 1
+    """Processes that train together through Ray Train; 1 trains in a plain Ray task."""
+
+
+class RegionsConfig(Section):
+    """Section 3.3 of the paper."""
+
+    threshold: Annotated[float, Field(ge=0.5, lt=1)] = 0.8
+    """Softmax above which a pixel belongs to a region; at 0.5 and above it implies the argmax."""
+    source: Literal["final", "checkpoint"] = "final"
+    """Whose prediction the regions come from: the final network for all checkpoints, or each checkpoint's own."""
+
+
+class GradientsConfig(Section):
+    """What is differentiated, and how it is stored."""
+
+    parameters: Literal["all", "head"] | tuple[str, ...] = "all"
+    """``all`` trainable parameters; ``head``: the weight of the last layer alone, as the authors' code does; or
+    patterns of parameter names such as ``decoder.*``."""
+    score: Literal["region", "image"] = "region"
+    """Dice on the region (eq. 6) or on the whole slice (the terms of eq. 5)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the stored shards; products always accumulate in float32 or wider."""
+    shard_slices: PositiveInt = 16
+    """Slices of one gradient shard."""
+    keep: bool = speed_only(True)
+    """Keep the shards of a checkpoint once its tiles are done."""
+
+
+class InfluenceConfig(Section):
+    """Which checkpoints and queries enter the tensor (eq. 6)."""
+
+    checkpoints: PositiveInt | tuple[int, ...] = 5
+    """The first so many epochs after the switch to SGD, or a list of epochs."""
+    query_sets: tuple[Literal["train", "test"], ...] = ("train", "test")
+    tile_slices: PositiveInt = 64
+    """Slices on each side of a tile."""
+
+    @model_validator(mode="after")
+    def _train_is_a_query_set(self) -> "InfluenceConfig":
+        if not self.query_sets or len(set(self.query_sets)) != len(self.query_sets):
+            raise ValueError(f"query_sets must name train, test or both once each, got {list(self.query_sets)}")
+        return self
+
+
+class ResourcesConfig(Section):
+    """What a run may use. Nothing here changes the answer."""
+
+    workers: PositiveInt | None = speed_only(None)
+    """Processes of the pool; ``null``: one a GPU where there are GPUs, else one a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = speed_only("auto")
+    gpus_per_worker: Positive = speed_only(1.0)
+    threads: PositiveInt = speed_only(1)
+    """CPU threads of a worker."""
+    training_threads: PositiveInt = speed_only(2)
+    """CPU threads of the training task."""
+    batch_slices: PositiveInt = speed_only(8)
+    """Slices that go through the network at once when gradients are taken."""
+    memory_per_worker: Positive = speed_only(4.0)
+    """GiB that one worker may use; the plan refuses what would need more."""
+    lease_seconds: Positive = speed_only(600.0)
+    """A key that takes longer than this (or 20 times the median) is given to another worker."""
+    check: Literal["bytes", "sizes"] = speed_only("bytes")
+    """How finished keys are checked before a run goes on: every byte, or file sizes alone."""
+
+
+class RunConfig(Section):
+    """Everything that a run is told."""
+
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    split: SplitConfig = SplitConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    regions: RegionsConfig = RegionsConfig()
+    gradients: GradientsConfig = GradientsConfig()
+    influence: InfluenceConfig = InfluenceConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _stages_fit_together(self) -> "RunConfig":
+        smallest = 2 ** (self.model.depth - 1)
+        if self.data.size % smallest:
+            raise ValueError(
+                f"data.size must be a multiple of {smallest} for a UNet of {self.model.depth} levels, "
+                f"got {self.data.size}"
+            )
+        self.influence_epochs()
+        return self
+
+    def influence_epochs(self) -> tuple[int, ...]:
+        """The epochs (1-based) whose checkpoints enter the tensor, ascending.
+
+        Raises:
+            ValueError: training ends before the epochs that are asked for.
+
+        """
+        wanted = self.influence.checkpoints
+        first = self.training.adam_epochs + 1
+        epochs = tuple(range(first, first + wanted)) if isinstance(wanted, int) else tuple(sorted(set(wanted)))
+        if not epochs or epochs[0] < 1 or epochs[-1] > self.training.epochs:
+            raise ValueError(
+                f"influence.checkpoints asks for epochs {list(epochs)}, training.epochs is {self.training.epochs}: "
+                "train longer or ask for fewer checkpoints"
+            )
+        return epochs
+
+    def answer(self) -> dict[str, Any]:
+        """What changes the answer, as plain values."""
+        return _without_speed(self)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what changes the answer, in hexadecimal."""
+        text = json.dumps({"format": FORMAT_VERSION, **self.answer()}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def differences(self, other: "RunConfig") -> list[str]:
+        """One line for every setting that changes the answer and differs, as ``key: mine → theirs``."""
+        mine, theirs = _flat(self.answer()), _flat(other.answer())
+        return [
+            f"{key}: {mine.get(key)!r} → {theirs.get(key)!r}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key)
+        ]
+
+    def to_yaml(self) -> str:
+        """The whole configuration, as ``from_yaml`` reads it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Synthetic patients at 2 mm, a small UNet, minutes on two CPU cores.
+    "demo": {
+        "data": {"size": 96, "slices": {"count": 8}},
+        "model": {"width": 8},
+        "training": {"epochs": 14, "adam_learning_rate": 2e-3},
+    },
+    # The text of the paper and, where it is silent, the authors' public code.
+    "paper": {
+        "seed": 1234,
+        "data": {
+            "grade": "HGG",
+            "cohort": "brats2019",
+            "slices": {"selection": "list", "indices": list(range(90, 100))},
+            "crop_start": 27,
+            "intensity": "maximum",
+        },
+        "training": {"dice": "batch"},
+        "gradients": {"dtype": "bfloat16", "shard_slices": 8},
+        "influence": {"tile_slices": 207},
+        "resources": {"memory_per_worker": 48.0},
+    },
+}
+
+
+def build_config(
+    preset: str | None = None, document: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """The configuration of a preset, changed by a YAML document, changed by ``key.path=value`` overrides.
+
+    Raises:
+        ValueError: an unknown preset, an unknown key (the known ones are listed), or a value out of range.
+
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    values = _merged(PRESETS[preset] if preset else {}, document or {})
+    for override in overrides:
+        values = _merged(values, _parsed(override))
+    return parse_config(values)
+
+
+def parse_config(values: Mapping[str, Any]) -> RunConfig:
+    """A validated configuration of plain values.
+
+    Raises:
+        ValueError: with one line an error, each naming the key, what was found, and what is known or expected.
+
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explained(problem) for problem in error.errors())) from None
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The mapping of a YAML document.
+
+    Raises:
+        ValueError: the text is no YAML, or no mapping; the message names ``where`` it came from.
+
+    """
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not valid YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{where} must hold a mapping of settings such as `data:`, got {type(document).__name__}")
+    return document
+
+
+def _parsed(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"an override reads key.path=value, got {override!r}")
+    value: Any = yaml.safe_load(text)
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in change.items():
+        old = result.get(key)
+        # Label maps are replaced whole: merging two of them would mix two schemes.
+        nested = isinstance(old, Mapping) and isinstance(value, Mapping) and key != "labels"
+        result[key] = _merged(old, value) if nested else value  # type: ignore[arg-type]
+    return result
+
+
+def _explained(problem: Mapping[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    where = ".".join(location) or "configuration"
+    if problem["type"] != "extra_forbidden":
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        shown = "" if isinstance(problem["input"], BaseModel | Mapping) else f", got {problem['input']!r}"
+        return f"{where}: {message}{shown}"
+    section = _section(RunConfig, location[:-1])
+    return f"unknown setting {where!r}; known here: {', '.join(sorted(section.model_fields))}"
+
+
+def _section(model: type[BaseModel], path: Iterable[str]) -> type[BaseModel]:
+    for name in path:
+        model = _section_type(model.model_fields[name])
+    return model
+
+
+def _section_type(field: FieldInfo) -> type[BaseModel]:
+    if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        raise TypeError(f"{field.annotation} is no section of the configuration")
+    return field.annotation
+
+
+def _without_speed(section: BaseModel) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("speed_only"):
+            continue
+        value = getattr(section, name)
+        kept[name] = _without_speed(value) if isinstance(value, BaseModel) else section.model_dump(mode="json")[name]
+    return {name: value for name, value in kept.items() if value != {}}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

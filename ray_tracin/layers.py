@@ -1,0 +1,309 @@
+"""How gradients are packed into rows, and how they are unpacked: segments, the layout, and their expansion.
+
+The one idea: the gradient of a convolution's weight is a correlation of what the layer read (its input) with what
+the score asks of it (its output gradient). In deep layers those two *factors* are far smaller than the gradient, so a
+packed row keeps them, once the input for all classes, and the gradient is expanded only when it is multiplied with
+others. Where the gradient is the smaller one, the row holds the gradient. Either way nothing is approximated.
+
+Correlations cover convolutions and transposed convolutions of any dimension and, as correlations with a kernel of one
+pixel, linear layers. With *points* ``p`` and *windows* ``w``, both of one slice and class:
+
+    ∂D/∂W[a, b, k] = Σ_l p[a, l] · w[b, stride · l + dilation · k − padding]
+
+A convolution's points are its output gradient and its windows its input; a transposed convolution's the reverse.
+
+Layouts are plain data: who holds a layout can expand rows without the network. It doesn't know how rows are made,
+where they are stored, or what they are multiplied with.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from ray_tracin.vocabulary import ranges
+
+WINDOW_VALUES = 1 << 22
+"""Values of unfolded windows to hold at a time. Beyond the caches, unfolding more slices at once is slower."""
+
+Kind = Literal["convolution", "transposed convolution", "linear", "affine", "other"]
+"""What a unit is; ``affine`` scales and shifts (normalisations, PReLU), ``other`` is differentiated by running it."""
+
+Form = Literal["factors", "gradient"]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a kernel moves over its windows, one entry a spatial axis."""
+
+    kernel: Shape
+    stride: Shape
+    dilation: Shape
+    padding: tuple[tuple[int, int], ...]
+    """Zeros before and after."""
+    groups: int = 1
+
+
+POINTWISE = Geometry(kernel=(1,), stride=(1,), dilation=(1,), padding=((0, 0),))
+"""A linear layer: its leading axes, flattened, are the positions of a kernel of one pixel."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of a packed row that belongs to one unit (a module with parameters of its own).
+
+    A segment of *factors* holds the unit's input and then its output gradients, a class after the other; one of the
+    *gradient* form holds the gradients of its parameters, a class after the other.
+    """
+
+    unit: str
+    """Path of the module in the network."""
+    kind: Kind
+    form: Form
+    parameters: tuple[str, ...]
+    """Names in the network, in the order of the gradient's columns."""
+    shapes: tuple[Shape, ...]
+    """Of the parameters."""
+    input_shape: Shape
+    """Of one slice, as ``output_shape``: what the unit reads and writes; empty for ``other``."""
+    output_shape: Shape
+    geometry: Geometry | None
+    """Of convolutions, transposed convolutions and linear layers."""
+    offset: int
+    length: int
+    """Where the segment starts in a row, and how many values it has."""
+
+    @property
+    def columns(self) -> int:
+        """Values of the gradient of one region: those of the unit's parameters."""
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> Shape:
+        """Values of each parameter."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def input_values(self) -> int:
+        """Values of the input that precedes the classes; 0 in the gradient form."""
+        return math.prod(self.input_shape) if self.form == "factors" else 0
+
+    @property
+    def stop(self) -> int:
+        """Where the segment ends in a row."""
+        return self.offset + self.length
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the values of a packed row are: all that is needed to expand stored rows."""
+
+    classes: int
+    segments: tuple[Segment, ...]
+    """In the order of the forward pass; they partition the row."""
+    unreached: tuple[str, ...] = ()
+    """Parameters that the logits don't depend on: their gradients are 0 and take no room in a row."""
+    activation_bytes: int = 0
+    """Measured: what the forward pass of one slice keeps for the backward pass."""
+
+    @cached_property
+    def values(self) -> int:
+        """Values of one packed row."""
+        return sum(segment.length for segment in self.segments)
+
+    @cached_property
+    def columns(self) -> int:
+        """Parameters that a gradient covers, those that the logits don't depend on left out."""
+        return sum(segment.columns for segment in self.segments)
+
+    def to_json(self) -> str:
+        """The layout as text that `from_json` reads."""
+        return _LAYOUTS.dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The layout that `to_json` wrote.
+
+        Raises:
+            ValueError: the text is no layout.
+
+        """
+        try:
+            layout: Self = _LAYOUTS.validate_json(text)  # type: ignore[assignment]
+        except ValidationError as error:
+            raise ValueError(f"expected the layout of packed gradients as JSON, got something else: {error}") from None
+        return layout
+
+
+_LAYOUTS = TypeAdapter(Layout)
+
+
+def factor_values(classes: int, input_shape: Shape, output_shape: Shape) -> int:
+    """Values of a slice in the factors form: one input, and an output gradient a class."""
+    return math.prod(input_shape) + classes * math.prod(output_shape)
+
+
+def expand(
+    segment: Segment, packed: Float[Tensor, "slice length"], classes: int, *, columns: int
+) -> Iterator[Float[Tensor, "slice class column"]]:
+    """The region gradients of a unit, in chunks of its columns that together hold each of them exactly once.
+
+    ``packed`` is the segment's part of the rows, in any stored precision; chunks are float32, or float64 if it is. A
+    chunk has at most ``columns`` columns, or those of one input channel of a weight if that is more. How columns are
+    dealt to chunks depends on ``columns`` and the segment alone, so two expansions with the same ``columns`` can be
+    multiplied chunk by chunk; with ``columns`` ≥ ``segment.columns`` they come in the order of the parameters.
+
+    Raises:
+        ValueError: the rows are not as long as the segment.
+
+    """
+    if packed.shape[1] != segment.length:
+        raise ValueError(
+            f"expected {segment.length} values a slice for unit {segment.unit!r}, got {packed.shape[1]}: read values "
+            f"{segment.offset} to {segment.stop} of the rows that this layout describes"
+        )
+    packed = packed.to(torch.promote_types(packed.dtype, torch.float32))
+    if segment.form == "gradient":
+        return _parts(packed.reshape(len(packed), classes, segment.columns), columns)
+    split = segment.input_values
+    inputs = packed[:, :split].reshape(-1, *segment.input_shape)
+    output_gradients = packed[:, split:].reshape(-1, classes, *segment.output_shape)
+    return multiply_factors(segment, inputs, output_gradients, columns=columns)
+
+
+def parameter_gradients(
+    segment: Segment, packed: Float[Tensor, "slice length"], classes: int
+) -> dict[str, Float[Tensor, "slice class column"]]:
+    """The region gradients of a unit by the name of the parameter, flattened."""
+    whole = torch.cat(list(expand(segment, packed, classes, columns=segment.columns)), dim=2)
+    return dict(zip(segment.parameters, whole.split(segment.sizes, dim=2), strict=True))
+
+
+def multiply_factors(
+    segment: Segment,
+    inputs: Float[Tensor, "slice *read"],
+    output_gradients: Float[Tensor, "slice class *written"],
+    *,
+    columns: int,
+) -> Iterator[Float[Tensor, "slice class column"]]:
+    """The gradients of a unit from its factors, in chunks of columns as `expand` gives them."""
+    geometry = segment.geometry
+    assert geometry is not None, f"{segment.unit} has no geometry"
+    if segment.kind == "linear":
+        # Channels are last and any number of axes precede them: one axis of positions, after the channels.
+        inputs = inputs.reshape(len(inputs), -1, inputs.shape[-1]).mT
+        output_gradients = output_gradients.reshape(*output_gradients.shape[:2], -1, output_gradients.shape[-1]).mT
+    for name in segment.parameters:
+        if name.endswith("bias"):
+            yield from _parts(output_gradients.flatten(3).sum(3), columns)
+        elif segment.kind == "transposed convolution":
+            yield from _correlate(geometry, inputs.unsqueeze(1), output_gradients, columns)
+        else:
+            yield from _correlate(geometry, output_gradients, inputs.unsqueeze(1), columns)
+
+
+def _parts(whole: Float[Tensor, "slice class column"], columns: int) -> Iterator[Float[Tensor, "slice class part"]]:
+    return (whole[:, :, start:stop] for start, stop in ranges(whole.shape[2], columns))
+
+
+def _correlate(
+    geometry: Geometry,
+    points: Float[Tensor, "slice pointed out *positions"],
+    windows: Float[Tensor, "slice windowed in *space"],
+    columns: int,
+) -> Iterator[Float[Tensor, "slice class column"]]:
+    """The gradients of a weight of shape (out, in/groups, *kernel), a range of ``in/groups`` at a time.
+
+    The axis of classes is on one side, the other side has one entry for all of them. Chunks run along the windows'
+    channels, because then every window is unfolded once.
+    """
+    positions = tuple(points.shape[3:])
+    grouped = points.reshape(*points.shape[:2], geometry.groups, -1, math.prod(positions))
+    channels = windows.unflatten(2, (geometry.groups, -1))
+    width = max(1, columns // (points.shape[2] * math.prod(geometry.kernel)))
+    for start, stop in ranges(channels.shape[3], width):
+        yield _correlate_channels(geometry, grouped, channels[:, :, :, start:stop], positions)
+
+
+def _correlate_channels(
+    geometry: Geometry,
+    points: Float[Tensor, "slice pointed group out position"],
+    windows: Float[Tensor, "slice windowed group in *space"],
+    positions: Shape,
+) -> Float[Tensor, "slice class column"]:
+    classes_in_points = points.shape[1] >= windows.shape[1]
+    size = math.prod(windows.shape[1:4]) * math.prod(geometry.kernel) * math.prod(positions)
+    parts = []
+    for start, stop in ranges(len(points), max(1, WINDOW_VALUES // size)):
+        unfolded = _unfold(geometry, windows[start:stop], positions)
+        if classes_in_points:
+            product = torch.einsum("scgol,sgil->scgoi", points[start:stop], unfolded[:, 0])
+        else:
+            product = torch.einsum("sgol,scgil->scgoi", points[start:stop, 0], unfolded)
+        parts.append(product.flatten(2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _unfold(
+    geometry: Geometry, values: Float[Tensor, "slice windowed group in *space"], positions: Shape
+) -> Float[Tensor, "slice windowed group in_kernel position"]:
+    """What each point of a kernel sees at each position."""
+    padded = F.pad(values, [width for pair in reversed(geometry.padding) for width in pair])
+    outer, inner = padded.stride()[:4], padded.stride()[4:]
+    # Kernel and positions index the same axes: one strided view instead of an index a window.
+    view = padded.as_strided(
+        (*padded.shape[:4], *geometry.kernel, *positions),
+        (*outer, *_scaled(inner, geometry.dilation), *_scaled(inner, geometry.stride)),
+        padded.storage_offset(),
+    )
+    return view.reshape(*padded.shape[:3], -1, math.prod(positions))
+
+
+def _scaled(strides: Shape, steps: Shape) -> Shape:
+    return tuple(stride * step for stride, step in zip(strides, steps, strict=True))
+
+
+def differentiate_bytes(layout: Layout, slices: int, *, itemsize: int = 4) -> int:
+    """About how many bytes it takes to differentiate a batch of slices, the network's weights left out.
+
+    Packed rows, what the backward pass keeps, twice the largest input and output gradient on their way, and windows.
+    """
+    widest = max((math.prod(s.input_shape) + math.prod(s.output_shape) for s in layout.segments), default=0)
+    row = itemsize * (layout.values + 2 * widest) + layout.activation_bytes
+    return slices * row + itemsize * _window_values(layout)
+
+
+def expand_bytes(layout: Layout, slices: int, *, columns: int, stored_itemsize: int = 4) -> int:
+    """About how many bytes it takes to read the largest segment of some slices and to expand a chunk of it."""
+    widest = max((segment.length for segment in layout.segments), default=0)
+    narrowest = max((_smallest_chunk(segment) for segment in layout.segments), default=0)
+    chunk = 2 * slices * layout.classes * max(columns, narrowest)
+    return slices * widest * (stored_itemsize + 4) + 4 * (chunk + _window_values(layout))
+
+
+def _smallest_chunk(segment: Segment) -> int:
+    if segment.form == "gradient" or segment.geometry is None:
+        return 1
+    return max(math.prod(shape) // shape[1] if len(shape) > 1 else 1 for shape in segment.shapes)
+
+
+def _window_values(layout: Layout) -> int:
+    """Values of windows at a time: the budget, or all channels of one slice if that is more."""
+    return max(WINDOW_VALUES, *(_slice_windows(segment, layout.classes) for segment in layout.segments), 0)
+
+
+def _slice_windows(segment: Segment, classes: int) -> int:
+    if segment.geometry is None:
+        return 0
+    kernel = math.prod(segment.geometry.kernel)
+    if segment.kind == "transposed convolution":
+        return classes * segment.output_shape[0] * kernel * math.prod(segment.input_shape[1:])
+    return segment.input_shape[0] * kernel * math.prod(segment.output_shape[1:])

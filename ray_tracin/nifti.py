@@ -1,0 +1,153 @@
+"""NIfTI files: one file → a 3D array with its affine, and that array turned to LPS.
+
+The one idea: the bytes decide, never the name. What claims to be gzip and isn't, was cut off in a download, or holds no
+volume is a `VolumeError` of one line. This module knows neither modalities nor labels nor examinations.
+"""
+
+import gzip
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from jaxtyping import Float32, Float64
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+Voxels = Float32[np.ndarray, "i j k"]
+Stored = Float32[np.ndarray, "a b c"]
+"""Voxels with their axes as in the file."""
+Affine = Float64[np.ndarray, "4 4"]
+
+AFFINE_TOLERANCE = 1e-3
+"""Difference of two affines (mm) below which they are one."""
+GZIP_MAGIC = b"\x1f\x8b"
+NIFTI2_HEADER_SIZE = 540
+
+
+class VolumeError(ValueError):
+    """An examination can't be used; one line with the file, what was expected, what was found, what to do."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One file as stored: voxels after the header's scaling, affine voxel → world (RAS, mm).
+
+    ``stated``: the header gives an orientation; without one NIfTI readers assume LAS.
+    """
+
+    path: Path
+    voxels: Stored
+    affine: Affine
+    stated: bool
+
+
+def load_scan(path: Path) -> Scan:
+    """The 3D volume of a NIfTI-1 or NIfTI-2 file, gzipped or not by its first bytes; trailing axes of 1 are dropped.
+
+    Raises:
+        VolumeError: the file is missing, empty, truncated, no NIfTI file or not 3D; a voxel is not finite; or the
+            affine doesn't orient three axes.
+
+    """
+    content = _content(path)
+    try:
+        image = (nib.Nifti2Image if _is_nifti2(content) else nib.Nifti1Image).from_bytes(content)
+        voxels = image.get_fdata(dtype=np.float32)
+    except (ImageFileError, HeaderDataError, WrapStructError, OSError, ValueError, TypeError) as error:
+        raise VolumeError(
+            f"{path}: expected a whole NIfTI file, found {len(content)} bytes that are none: download it again "
+            f"({_one_line(error)})"
+        ) from None
+    stated = bool(image.header["sform_code"] or image.header["qform_code"])
+    return Scan(path, _three_axes(voxels, path), _oriented(image.affine, path), stated)
+
+
+def reorient(voxels: Stored, affine: Affine) -> tuple[Voxels, Affine]:
+    """The voxels with their axes toward left, posterior and superior, and the affine of the turned array.
+
+    Axes are permuted and flipped to the nearest of these directions; nothing is resampled.
+    """
+    target = nib.orientations.axcodes2ornt(("L", "P", "S"))
+    turn = nib.orientations.ornt_transform(nib.orientations.io_orientation(affine), target)
+    turned = nib.orientations.apply_orientation(voxels, turn)
+    return np.ascontiguousarray(turned), affine @ nib.orientations.inv_ornt_aff(turn, voxels.shape)
+
+
+def align(scan: Scan, reference: Scan) -> tuple[Voxels, str | None]:
+    """The scan's voxels in LPS on the grid of the reference, and a warning where the two headers disagree.
+
+    Two files may store one grid with different axes; then each is turned by its own affine. Where the affines put
+    equal arrays at different places the reference is trusted. Nothing is resampled.
+
+    Raises:
+        VolumeError: the shapes differ.
+
+    """
+    own, own_affine = reorient(scan.voxels, scan.affine)
+    expected, expected_affine = reorient(reference.voxels, reference.affine)
+    shift = float(np.abs(own_affine - expected_affine).max())
+    if own.shape == expected.shape and shift < AFFINE_TOLERANCE:
+        return own, None
+    if scan.voxels.shape != reference.voxels.shape:
+        raise VolumeError(
+            f"{scan.path}: expected shape {reference.voxels.shape} as {reference.path.name} has, found "
+            f"{scan.voxels.shape}: register and resample the files of a case to one grid"
+        )
+    trusted = reference.path.name
+    warning = f"{scan.path.name}: its affine differs from that of {trusted} by up to {shift:.3g}; {trusted} is trusted"
+    return reorient(scan.voxels, reference.affine)[0], warning
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of the file, unzipped if they are gzip."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise VolumeError(
+            f"{path}: can't be read ({error.strerror}): check that the file is there and readable"
+        ) from None
+    if not data:
+        raise VolumeError(f"{path}: expected a NIfTI file, found 0 bytes: download it again")
+    if not data.startswith(GZIP_MAGIC):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise VolumeError(
+            f"{path}: expected a whole gzip file, found {len(data)} bytes that are cut off or damaged: "
+            f"download it again ({_one_line(error)})"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _is_nifti2(content: bytes) -> bool:
+    sizes = (int.from_bytes(content[:4], "little"), int.from_bytes(content[:4], "big"))
+    return NIFTI2_HEADER_SIZE in sizes
+
+
+def _three_axes(voxels: Float32[np.ndarray, "..."], path: Path) -> Stored:
+    while voxels.ndim > 3 and voxels.shape[-1] == 1:
+        voxels = voxels[..., 0]
+    if voxels.ndim != 3 or not voxels.size:
+        raise VolumeError(f"{path}: expected a 3D volume, found shape {voxels.shape}: write one 3D file a modality")
+    unusable = int((~np.isfinite(voxels)).sum())
+    if unusable:
+        raise VolumeError(f"{path}: expected finite voxels, found {unusable} NaN or infinite: export it again")
+    return voxels
+
+
+def _oriented(affine: Any, path: Path) -> Affine:
+    matrix = np.asarray(affine, dtype=np.float64)
+    # A zero column makes nibabel leave an axis without a direction.
+    if not np.isfinite(matrix).all() or np.isnan(nib.orientations.io_orientation(matrix)).any():
+        raise VolumeError(
+            f"{path}: expected an affine that orients three axes, found {matrix.tolist()}: repair its header"
+        )
+    return matrix

@@ -1,0 +1,179 @@
+"""The order of the stages, and what each command runs.
+
+Every command first completes what its stage needs. Gradient shards and tiles alternate by checkpoint when shards are
+not kept, so that the disk holds the shards of one checkpoint at a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ray_tracin import store as paths
+from ray_tracin.assembly import AssembleStripes, ExportInfluence, TabulateSelfInfluence
+from ray_tracin.attribution import ComputeTiles, Differentiate
+from ray_tracin.learning import MapRegions, TabulateCheckpoints, TabulateRegions, Train
+from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices
+from ray_tracin.runs import Run
+from ray_tracin.stages import LAYOUT, Executor, Listener, Stage, complete, sound_receipts
+from ray_tracin.store import Receipt
+from ray_tracin.vocabulary import checkpoint_name
+
+STEPS = ("prepare", "train", "gradients", "influence", "export")
+"""The commands, in order."""
+
+
+@dataclass(frozen=True)
+class Executors:
+    """Who does the keys of a stage: a pool of workers, or the data engine for the tables."""
+
+    pool: Executor
+    tables: Executor
+
+
+def run_to(run: Run, step: str, executors: Executors, listen: Listener) -> None:
+    """Complete every step up to and including the named one.
+
+    Raises:
+        StageError: keys failed; everything that could be done is done, and the same call goes on from there.
+    """
+    for name in STEPS[: STEPS.index(step) + 1]:
+        # Shards may be freed once their tiles are done: only their own command insists on having all of them.
+        if name == "gradients" and step != "gradients":
+            continue
+        _STEPS[name](run, executors, listen)
+
+
+def _prepare(run: Run, executors: Executors, listen: Listener) -> None:
+    if is_prepared(run):
+        return
+    if run.config.data.root is None:
+        raise ValueError("data.root is not set: give the folder (or CSV) of patients, --set data.root=…")
+    for stage in (Inspect(run), Index(run), Cut(run), TabulateSlices(run)):
+        complete(stage, executors.pool, listen)
+
+
+def is_prepared(run: Run) -> bool:
+    """Whether the slices are all there: then the patients' folder is not needed any more."""
+    stages = (Index(run), Cut(run), TabulateSlices(run))
+    return all(_complete(stage) for stage in stages)
+
+
+def _complete(stage: Stage[Any]) -> bool:
+    receipts = sound_receipts(stage.run, stage.name)
+    return bool(receipts) and all(str(key) in receipts for key in stage.keys())  # noqa: SIM118
+
+
+def _train(run: Run, executors: Executors, listen: Listener) -> None:
+    for stage in (Train(run), TabulateCheckpoints(run), MapRegions(run), TabulateRegions(run)):
+        complete(stage, executors.pool, listen)
+
+
+def _gradients(run: Run, executors: Executors, listen: Listener) -> None:
+    complete(Differentiate(run, run.config.influence_epochs()), executors.pool, listen)
+
+
+def _influence(run: Run, executors: Executors, listen: Listener) -> None:
+    if not _complete(AssembleStripes(run)):
+        epochs = run.config.influence_epochs()
+        for group in [epochs] if run.config.gradients.keep else [(epoch,) for epoch in epochs]:
+            _tiles_of(run, group, executors, listen)
+    complete(AssembleStripes(run), executors.pool, listen)
+    complete(TabulateSelfInfluence(run), executors.pool, listen)
+
+
+def _tiles_of(run: Run, epochs: tuple[int, ...], executors: Executors, listen: Listener) -> None:
+    tiles = ComputeTiles(run, epochs)
+    done = sound_receipts(run, tiles.name)
+    missing = sorted({key.epoch for key in tiles.keys() if str(key) not in done})  # noqa: SIM118
+    if missing:
+        complete(Differentiate(run, tuple(missing)), executors.pool, listen)
+        complete(tiles, executors.pool, listen)
+    if not run.config.gradients.keep:
+        release_gradients(run, epochs)
+
+
+def release_gradients(run: Run, epochs: tuple[int, ...]) -> None:
+    """Delete the gradient shards of checkpoints whose tiles are done."""
+    names = {checkpoint_name(epoch) for epoch in epochs}
+    held = run.store.receipts(Differentiate.name).values()
+    run.store.release(receipt for receipt in held if receipt.key.split("/")[0] in names and not receipt.released)
+
+
+def _export(run: Run, executors: Executors, listen: Listener) -> None:
+    complete(ExportInfluence(run), executors.tables, listen)
+
+
+_STEPS: dict[str, Callable[[Run, Executors, Listener], None]] = {
+    "prepare": _prepare,
+    "train": _train,
+    "gradients": _gradients,
+    "influence": _influence,
+    "export": _export,
+}
+
+
+def all_stages(run: Run) -> list[Stage[Any]]:
+    """Every stage, in order. Their keys are known once the stages before them are done."""
+    epochs = run.config.influence_epochs()
+    return [
+        Inspect(run),
+        Index(run),
+        Cut(run),
+        TabulateSlices(run),
+        Train(run),
+        TabulateCheckpoints(run),
+        MapRegions(run),
+        TabulateRegions(run),
+        Differentiate(run, epochs),
+        ComputeTiles(run, epochs),
+        AssembleStripes(run),
+        TabulateSelfInfluence(run),
+        ExportInfluence(run),
+    ]
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """Where a stage stands: keys done, keys in all (None while it can't be known), seconds of work, released keys."""
+
+    stage: str
+    done: int
+    total: int | None
+    seconds: float
+    released: int
+
+
+def status(run: Run) -> list[StageStatus]:
+    """Where every stage stands, by its receipts."""
+    found = []
+    for stage in all_stages(run):
+        receipts = run.store.receipts(stage.name)
+        seconds = sum(receipt.seconds for receipt in receipts.values())
+        released = sum(receipt.released for receipt in receipts.values())
+        found.append(StageStatus(stage.name, len(receipts), _total(stage), seconds, released))
+    return found
+
+
+def _total(stage: Stage[Any]) -> int | None:
+    try:
+        return len(stage.keys())
+    except (ValueError, OSError):
+        return None
+
+
+def verify(run: Run) -> dict[str, list[str]]:
+    """What is wrong with the bytes of the run, by ``stage/key``; ``foreign`` lists files that no receipt names."""
+    receipts = [receipt for name in _stage_names(run) for receipt in run.store.receipts(name).values()]
+    problems = run.store.problems(receipts, check_bytes=True)
+    foreign = _foreign(run, receipts)
+    return {**problems, **({"foreign": foreign} if foreign else {})}
+
+
+def _stage_names(run: Run) -> list[str]:
+    return [LAYOUT, *(stage.name for stage in all_stages(run))]
+
+
+def _foreign(run: Run, receipts: list[Receipt]) -> list[str]:
+    known = {file.path for receipt in receipts for file in receipt.files}
+    known |= {paths.CONFIG, paths.VERSIONS, *(receipt.path for receipt in receipts)}
+    return [f"{path}: belongs to no finished key" for path in sorted(run.store.objects.sizes()) if path not in known]

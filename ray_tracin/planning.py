@@ -1,0 +1,257 @@
+"""What a run will need, before anything runs: rows, bytes, arithmetic, memory of a worker, and the limit it breaks.
+
+Everything is counted from the configuration, the network and the number of patients; nothing is measured. The network
+is laid out on the ``meta`` device, so a plan of the paper's run takes seconds and no memory.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ray_tracin import store as paths
+from ray_tracin.attribution import EXPANDED_VALUES
+from ray_tracin.config import RunConfig, build_config, parse_yaml
+from ray_tracin.folders import find_cases
+from ray_tracin.gradients import RegionDifferentiator
+from ray_tracin.influence import tile_bytes
+from ray_tracin.layers import Layout, differentiate_bytes
+from ray_tracin.runs import Run, open_run
+from ray_tracin.store import IncompleteRunError, RunStore
+from ray_tracin.unet import HEAD, build_unet
+from ray_tracin.vocabulary import ranges
+
+PROCESS_BYTES = 400 << 20
+"""Resident size of a worker that has imported torch and holds nothing; measured on Linux, CPU build."""
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The needs of a run, counted."""
+
+    config: RunConfig
+    train: int
+    """Train slices."""
+    test: int
+    """Slices of the test queries."""
+    classes: int
+    layout: Layout
+    forward_flops: int
+    """Of one slice."""
+    parameters: int
+    """Trainable parameters of the network."""
+    free_bytes: int | None
+    """On the disk that the run is on, what the run has written counted as free; None in the cloud."""
+
+    @cached_property
+    def slices(self) -> int:
+        """Slices whose gradients are needed."""
+        return self.train + (self.test if "test" in self.config.influence.query_sets else 0)
+
+    @property
+    def shard_bytes(self) -> int:
+        """Gradient shards of one checkpoint on disk."""
+        return self.slices * self.layout.values * self._item_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """What the gradients of one checkpoint would take as rows of float32."""
+        return self.slices * self.classes * self.layout.columns * 4
+
+    @property
+    def tensor_bytes(self) -> int:
+        """``influence.zarr`` and ``tiles.zarr``: the tensors, and twice their kernels."""
+        queries = sum(self.train if name == "train" else self.test for name in self.config.influence.query_sets)
+        pairs = self.classes * queries * self.classes * self.train
+        return 4 * pairs * (1 + 2 * len(self.config.influence_epochs()))
+
+    @property
+    def kept_bytes(self) -> int:
+        """On disk at the most while the run goes on: shards, tensors, slices, checkpoints."""
+        checkpoints = len(self.config.influence_epochs()) if self.config.gradients.keep else 1
+        size = self.config.data.size
+        slices = (self.train + self.test) * size * size * (4 * len(self.config.data.modalities) + self.classes + 2)
+        weights = 4 * self.parameters * (self.config.training.epochs + 7)
+        return checkpoints * self.shard_bytes + self.tensor_bytes + slices + weights
+
+    @property
+    def gradient_flops(self) -> int:
+        """One checkpoint: a forward a slice, and a backward of activations and the weights' products a region."""
+        return self.slices * self.forward_flops * (1 + 2 * self.classes)
+
+    @property
+    def gram_flops(self) -> int:
+        """One checkpoint: the symmetric train kernel, once, and the test kernel."""
+        train, test = self.classes * self.train, self.classes * self.test
+        symmetric = train * train if "train" in self.config.influence.query_sets else 0
+        cross = 2 * train * test if "test" in self.config.influence.query_sets else 0
+        return self.layout.columns * (symmetric + cross)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of one checkpoint."""
+        side = self.config.influence.tile_slices
+        train, test = len(ranges(self.train, side)), len(ranges(self.test, side))
+        queries = self.config.influence.query_sets
+        return (train * (train + 1) // 2 if "train" in queries else 0) + (train * test if "test" in queries else 0)
+
+    @property
+    def passes(self) -> float:
+        """How often every shard of a checkpoint is read to make its tiles."""
+        blocks = len(ranges(self.train, self.config.influence.tile_slices))
+        sides = 2 * self.tiles - (blocks if "train" in self.config.influence.query_sets else 0)
+        return sides * self.config.influence.tile_slices / max(1, self.slices)
+
+    @property
+    def gradient_worker_bytes(self) -> int:
+        """Memory of a worker that makes gradient shards: network and copies, a batch, a shard and its encoding."""
+        batch = differentiate_bytes(self.layout, self.config.resources.batch_slices)
+        shard = self.config.gradients.shard_slices * self.layout.values * (4 + 4 + 2 * self._item_bytes)
+        return PROCESS_BYTES + 3 * 4 * self.parameters + batch + shard
+
+    @property
+    def tile_worker_bytes(self) -> int:
+        """Memory of a worker that makes tiles."""
+        side = self.config.influence.tile_slices
+        queries, train = min(side, max(self.train, self.test)), min(side, self.train)
+        need = tile_bytes(self.layout, queries, train, chunk_values=EXPANDED_VALUES, stored_itemsize=self._item_bytes)
+        # The tile as it is written, and the shards' inner chunks while they are decoded.
+        return PROCESS_BYTES + need + 2 * 4 * (self.classes * side) ** 2
+
+    @property
+    def stripe_worker_bytes(self) -> int:
+        """Memory of a worker that puts tiles into the tensor."""
+        stripe = self.classes * self.config.influence.tile_slices * self.classes * self.train
+        return PROCESS_BYTES + 4 * stripe * (2 * len(self.config.influence_epochs()) + 4)
+
+    @property
+    def problems(self) -> list[str]:
+        """The limits that the run would break, each with the setting that would help."""
+        limit = self.config.resources.memory_per_worker * GIB
+        needs = [
+            ("gradients", self.gradient_worker_bytes, "gradients.shard_slices or resources.batch_slices"),
+            ("tiles", self.tile_worker_bytes, "influence.tile_slices"),
+            ("stripes", self.stripe_worker_bytes, "influence.tile_slices"),
+        ]
+        found = [
+            f"a worker of {what} needs {_gib(need)}, resources.memory_per_worker is {_gib(limit)}: "
+            f"lower {setting}, or allow more"
+            for what, need, setting in needs
+            if need > limit
+        ]
+        if self.free_bytes is not None and self.kept_bytes > self.free_bytes:
+            found.append(
+                f"the run needs {_gib(self.kept_bytes)} on disk, {_gib(self.free_bytes)} are free: "
+                "gradients.keep=false holds one checkpoint's shards at a time, gradients.dtype=bfloat16 halves them"
+            )
+        return found
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The plan as it is printed: what, and how much."""
+        epochs = len(self.config.influence_epochs())
+        rows = self.classes * self.train
+        total = epochs * (self.gradient_flops + self.gram_flops)
+        return [
+            ("slices", f"{self.train} train, {self.test} test queries"),
+            ("train-influence tensor", f"{self.classes} × {self.train} × {rows}, {epochs} checkpoints"),
+            ("parameters", f"{self.layout.columns:,} of {self.parameters:,} differentiated"),
+            ("gradients, a checkpoint", f"{self.gradient_flops / 1e12:.2f} TFLOP"),
+            ("tiles, a checkpoint", f"{self.gram_flops / 1e12:.2f} TFLOP in {self.tiles} tiles"),
+            ("arithmetic in all", f"{total / 1e15:.3f} PFLOP"),
+            ("gradient shards, a checkpoint", f"{_gib(self.shard_bytes)} (dense float32: {_gib(self.dense_bytes)})"),
+            ("reads of every shard", f"{self.passes:.1f}"),
+            (
+                "disk at the most",
+                f"{_gib(self.kept_bytes)}" + ("" if self.free_bytes is None else f" of {_gib(self.free_bytes)}"),
+            ),
+            ("memory of a gradient worker", _gib(self.gradient_worker_bytes)),
+            ("memory of a tile worker", _gib(self.tile_worker_bytes)),
+            ("memory of a stripe worker", _gib(self.stripe_worker_bytes)),
+        ]
+
+    @property
+    def _item_bytes(self) -> int:
+        return 4 if self.config.gradients.dtype == "float32" else 2
+
+
+def plan_run(
+    uri: str | None,
+    *,
+    config: Path | None = None,
+    preset: str | None = None,
+    overrides: Sequence[str] = (),
+    patients: int | None = None,
+) -> Plan:
+    """The plan of a run that exists, or of one that a configuration would start.
+
+    Raises:
+        ValueError: a bad configuration, or no way to know how many patients there are.
+        FileNotFoundError: no such run, configuration or data folder.
+    """
+    if uri is not None and RunStore(uri).objects.size(paths.CONFIG) is not None:
+        return plan_of(open_run(uri))
+    document = None if config is None else parse_yaml(config.read_text(), str(config))
+    if document is None and preset is None and not overrides:
+        raise ValueError("give --run of a run that exists, --config FILE, or --preset demo|paper")
+    return _plan_by_patients(build_config(preset, document, overrides), uri, patients)
+
+
+def plan_of(run: Run) -> Plan:
+    """The plan of a run: by its slices, or by its patients while they are not cut."""
+    try:
+        test = len(run.query_slices("test"))
+    except IncompleteRunError:
+        return _plan_by_patients(run.config, run.uri, None)
+    return _plan(run.config, len(run.train_slices), test, len(run.classes), run.uri)
+
+
+def _plan_by_patients(config: RunConfig, uri: str | None, patients: int | None) -> Plan:
+    if patients is None:
+        if config.data.root is None:
+            raise ValueError("how many patients? Give data.root (--set data.root=…) or --patients N")
+        patients = len({case.patient for case in find_cases(config.data)[0]})
+    per_patient = len(config.data.slices.indices) or config.data.slices.count
+    validation, test = round(patients * config.split.validation), round(patients * config.split.test)
+    train = patients - validation - test
+    classes = len(config.data.labels or range(3))
+    return _plan(config, train * per_patient, (test or validation) * per_patient, classes, uri)
+
+
+def _plan(config: RunConfig, train: int, test: int, classes: int, uri: str | None) -> Plan:
+    size, channels = config.data.size, len(config.data.modalities)
+    network = build_unet(config.model, channels, classes, config.seed).to("meta").eval()
+    example = torch.zeros((channels, size, size), device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(example[None])
+    layout = RegionDifferentiator(
+        network, head=HEAD, parameters=config.gradients.parameters, example=example, classes=classes
+    ).layout
+    return Plan(
+        config=config,
+        train=train,
+        test=test,
+        classes=classes,
+        layout=layout,
+        forward_flops=counter.get_total_flops(),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        free_bytes=_free_bytes(uri),
+    )
+
+
+def _free_bytes(uri: str | None) -> int | None:
+    store = RunStore(uri or ".")
+    if not store.objects.is_local:
+        return None
+    folder = next(parent for parent in (Path(store.uri), *Path(store.uri).parents) if parent.exists())
+    return shutil.disk_usage(folder).free + sum(
+        store.objects.sizes().values() if uri and Path(store.uri).is_dir() else ()
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"

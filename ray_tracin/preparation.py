@@ -1,0 +1,242 @@
+"""The stages that turn patients into ``slices.zarr``: inspect every case, index the slices, cut them.
+
+Every volume is read twice, once to be sure that it can be read and to collect its label values, once to be cut: only
+the union of label values over the whole data set says what a label means, and rows can only be numbered once it is
+known which cases there are. A case that can't be read is a row of ``skipped.parquet``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from ray_tracin import store as paths
+from ray_tracin.folders import Case, decide_dialect, find_cases
+from ray_tracin.nifti import VolumeError
+from ray_tracin.runs import Run
+from ray_tracin.stages import Result, Stage
+from ray_tracin.store import Array, IncompleteRunError
+from ray_tracin.vocabulary import CaseKey, Split
+from ray_tracin.volumes import (
+    Inspection,
+    LabelScheme,
+    cut_slices,
+    decide_label_scheme,
+    inspect_case,
+    load_volume,
+    split_patients,
+)
+
+
+@dataclass(frozen=True)
+class Inspect(Stage[CaseKey]):
+    """Read every case once: can it be used, which labels has it, which slices will be cut."""
+
+    name: ClassVar[str] = "inspect"
+
+    @cached_property
+    def _cases(self) -> dict[CaseKey, Case]:
+        cases, _ = find_cases(self.run.config.data)
+        return {CaseKey(case.case): case for case in cases}
+
+    def keys(self) -> Sequence[CaseKey]:
+        """The cases of the data set."""
+        return list(self._cases)
+
+    def open(self) -> Callable[[CaseKey], Result]:
+        """The inspection of a case, or why it is skipped."""
+        cases, data = self._cases, self.run.config.data
+
+        def inspect(key: CaseKey) -> Result:
+            try:
+                return {"inspection": inspect_case(cases[key], data).to_json()}
+            except VolumeError as error:
+                if data.strict:
+                    raise
+                return {"skipped": {"case": key.case, "path": cases[key].source, "reason": str(error)}}
+
+        return inspect
+
+
+@dataclass(frozen=True)
+class Index(Stage[str]):
+    """Number the slices, settle what the labels mean and who is in which split, and create the arrays."""
+
+    name: ClassVar[str] = "index"
+
+    def keys(self) -> Sequence[str]:
+        """One key: rows are numbered all at once."""
+        return ["slices"]
+
+    def open(self) -> Callable[[str], Result]:
+        """Write ``skipped.parquet`` and the metadata of the arrays; the result holds the index."""
+        return lambda _: self._index()
+
+    def _index(self) -> Result:
+        config, store = self.run.config, self.run.store
+        inspections, skipped = usable_cases(self.run)
+        if not inspections:
+            reasons = "\n  ".join(f"{row['case']}: {row['reason']}" for row in skipped)
+            raise ValueError(f"none of the {len(skipped)} cases in {config.data.root} can be used:\n  {reasons}")
+        labelled = sorted({found.case.patient for found in inspections if found.case.label is not None})
+        if not labelled:
+            raise ValueError(
+                f"no case in {config.data.root} has a segmentation: training and influence need ground truth "
+                "(BraTS: a file ending in seg.nii.gz in each folder; CSV: a `label` column)"
+            )
+        values = {value for found in inspections for value in found.label_values}
+        scheme = decide_label_scheme(values, config.data, decide_dialect(found.case for found in inspections))
+        splits = split_patients(labelled, config.split, config.seed)
+        store.write_table(paths.SKIPPED, pd.DataFrame(skipped, columns=["case", "path", "reason"]).astype(str))
+        self._create_arrays(sum(len(found.indices) for found in inspections), scheme)
+        return {"cases": _numbered(inspections, splits), "scheme": [scheme.name, list(scheme.classes.items())]}
+
+    def _create_arrays(self, slices: int, scheme: LabelScheme) -> None:
+        data, store = self.run.config.data, self.run.store
+        size, channels = data.size, len(data.modalities)
+        names = {"modalities": list(data.modalities), "classes": list(scheme.classes.values())}
+        store.create_group("slices.zarr", names)
+        store.create_array(
+            paths.IMAGES,
+            shape=(slices, channels, size, size),
+            chunks=(1, channels, size, size),
+            dtype="float32",
+            dimensions=("slice", "modality", "h", "w"),
+            attributes=names,
+        )
+        store.create_array(
+            paths.LABELS,
+            shape=(slices, size, size),
+            chunks=(1, size, size),
+            dtype="uint8",
+            dimensions=("slice", "h", "w"),
+            attributes=names,
+        )
+
+
+@dataclass(frozen=True)
+class Cut(Stage[CaseKey]):
+    """Cut every case into its rows of ``slices.zarr`` and count the pixels of every class."""
+
+    name: ClassVar[str] = "cut"
+
+    def keys(self) -> Sequence[CaseKey]:
+        """The cases that are used."""
+        return [CaseKey(case) for case in _index(self.run)["cases"]]
+
+    def open(self) -> Callable[[CaseKey], Result]:
+        """Load a volume, cut its slices, write them."""
+        store, data, scheme = self.run.store, self.run.config.data, label_scheme(self.run)
+        entries = _index(self.run)["cases"]
+
+        def cut(key: CaseKey) -> Result:
+            entry = entries[key.case]
+            slices = cut_slices(load_volume(Case.from_json(entry["case"])), entry["indices"], scheme, data)
+            rows = slice(entry["first_row"], entry["first_row"] + len(entry["indices"]))
+            labels = np.zeros(_plane(slices.images), np.uint8) if slices.labels is None else slices.labels
+            store.write(paths.IMAGES, (rows, *(slice(0, n) for n in slices.images.shape[1:])), slices.images)
+            store.write(paths.LABELS, (rows, *(slice(0, n) for n in labels.shape[1:])), labels)
+            return {"pixels": [[int((plane == c + 1).sum()) for c in range(len(scheme.classes))] for plane in labels]}
+
+        return cut
+
+
+@dataclass(frozen=True)
+class TabulateSlices(Stage[str]):
+    """Write ``slices.parquet``, one row a slice."""
+
+    name: ClassVar[str] = "slices"
+
+    def keys(self) -> Sequence[str]:
+        """One key: the table is written whole."""
+        return ["slices"]
+
+    def open(self) -> Callable[[str], Result]:
+        """Join the index with the pixel counts."""
+
+        def tabulate(_: str) -> Result:
+            counted = {key: receipt.result for key, receipt in self.run.store.receipts(Cut.name).items()}
+            rows = [row for entry in _index(self.run)["cases"].values() for row in _slice_rows(entry, counted)]
+            self.run.store.write_table(paths.SLICES, pd.DataFrame(rows).astype({"grade": "string"}))
+            return {"slices": len(rows)}
+
+        return tabulate
+
+
+def usable_cases(run: Run) -> tuple[list[Inspection], list[dict[str, str]]]:
+    """The cases that can be used, and a row for each that is skipped, both by case."""
+    results = [receipt.result for receipt in run.store.receipts(Inspect.name).values()]
+    usable = [Inspection.from_json(result["inspection"]) for result in results if "inspection" in result]
+    skipped = [dict(result["skipped"]) for result in results if "skipped" in result]
+    skipped += [_skipped_row(case.case, case.path, case.reason) for case in find_cases(run.config.data)[1]]
+    labelled = {found.case.patient for found in usable if found.case.label is not None}
+    # An examination without ground truth is only a query: were its patient trained on, it would explain itself.
+    leaking = [found.case for found in usable if found.case.label is None and found.case.patient in labelled]
+    reason = "has no segmentation, and its patient has another examination that has one: add a segmentation"
+    skipped += [_skipped_row(case.case, case.source, reason) for case in leaking]
+    dropped = {case.case for case in leaking}
+    kept = [found for found in usable if found.case.case not in dropped]
+    return sorted(kept, key=lambda found: found.case.case), sorted(skipped, key=lambda row: row["case"])
+
+
+def label_scheme(run: Run) -> LabelScheme:
+    """What the label values of this run mean.
+
+    Raises:
+        IncompleteRunError: the slices are not indexed yet.
+    """
+    name, classes = _index(run)["scheme"]
+    return LabelScheme(name, {int(value): str(label) for value, label in classes})
+
+
+def _index(run: Run) -> Mapping[str, Any]:
+    receipt = run.store.read_receipt(Index.name, "slices")
+    if receipt is None:
+        raise IncompleteRunError(f"the slices of {run.uri} are not indexed: run `ray-tracin prepare --run {run.uri}`")
+    return receipt.result
+
+
+def _numbered(inspections: Sequence[Inspection], splits: Mapping[str, Split]) -> dict[str, Any]:
+    entries, row = {}, 0
+    for found in inspections:
+        case = found.case
+        entries[case.case] = {
+            "case": case.to_json(),
+            "indices": list(found.indices),
+            "first_row": row,
+            # Without ground truth a slice can be explained, never trained on or evaluated.
+            "split": splits[case.patient] if case.label is not None else "test",
+            "warnings": list(found.warnings),
+        }
+        row += len(found.indices)
+    return entries
+
+
+def _slice_rows(entry: Mapping[str, Any], counted: Mapping[str, Result]) -> list[dict[str, Any]]:
+    case = Case.from_json(entry["case"])
+    pixels = counted[str(CaseKey(case.case))]["pixels"]
+    return [
+        {
+            "slice": entry["first_row"] + position,
+            "patient": case.patient,
+            "case": case.case,
+            "grade": case.grade,
+            "split": entry["split"],
+            "index": index,
+            "labelled": case.label is not None,
+            **{f"pixels_{c}": count for c, count in enumerate(pixels[position], start=1)},
+            "source": case.source,
+        }
+        for position, index in enumerate(entry["indices"])
+    ]
+
+
+def _skipped_row(case: str, path: str, reason: str) -> dict[str, str]:
+    return {"case": case, "path": path, "reason": reason}
+
+
+def _plane(images: Array) -> tuple[int, ...]:
+    return (images.shape[0], *images.shape[2:])

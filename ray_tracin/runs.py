@@ -1,0 +1,247 @@
+"""A run from Python: its configuration, slices, networks, tensors and tables, by name.
+
+A run is one folder, local or in the cloud; nothing outside it is needed to read it. `open_run` is what users of the
+results call; `start_run` is what the command line calls.
+"""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import zarr
+from torch import nn
+
+from ray_tracin import store as paths
+from ray_tracin.config import FORMAT_VERSION, RunConfig, build_config, parse_config, parse_yaml
+from ray_tracin.store import Array, RunStore
+from ray_tracin.unet import build_unet
+from ray_tracin.vocabulary import QUERY_SETS, QuerySet, checkpoint_name
+
+PACKAGES = ("ray_tracin", "torch", "numpy", "zarr", "ray", "monai", "nibabel", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: where it is and how it is configured. Cheap to pickle; workers receive it whole."""
+
+    store: RunStore
+    config: RunConfig
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"store": self.store, "config": self.config}
+
+    @property
+    def uri(self) -> str:
+        """Where the run is."""
+        return self.store.uri
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what changes the answer."""
+        return self.config.fingerprint()
+
+    @cached_property
+    def slices(self) -> pd.DataFrame:
+        """``slices.parquet``: slice, patient, case, grade, split, index, labelled, pixels_1..C, source."""
+        return self.store.read_table(paths.SLICES)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; class_id is the position + 1."""
+        return tuple(str(name) for name in self._slice_attributes["classes"])
+
+    @cached_property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the channels of ``images``."""
+        return tuple(str(name) for name in self._slice_attributes["modalities"])
+
+    @property
+    def _slice_attributes(self) -> Mapping[str, Any]:
+        return self.store.array(paths.IMAGES).attrs.asdict()
+
+    @cached_property
+    def train_slices(self) -> tuple[int, ...]:
+        """Rows of the training slices, ascending."""
+        return self._rows(("train",))
+
+    def query_slices(self, query_set: QuerySet) -> tuple[int, ...]:
+        """Rows of the slices that a query set explains, ascending.
+
+        Without a test share in the split, the test queries are the validation slices and those without ground truth.
+        """
+        if query_set == "train":
+            return self.train_slices
+        return self._rows(("test",) if self.config.split.test > 0 else ("validation", "test"))
+
+    @property
+    def query_sets(self) -> tuple[QuerySet, ...]:
+        """The query sets of this run that have slices, ``train`` first."""
+        chosen = self.config.influence.query_sets
+        return tuple(name for name in QUERY_SETS if name in chosen and self.query_slices(name))
+
+    def _rows(self, splits: Sequence[str]) -> tuple[int, ...]:
+        chosen = self.slices.loc[self.slices["split"].isin(splits), "slice"]
+        return tuple(sorted(int(row) for row in chosen))
+
+    def images(self, rows: Sequence[int]) -> Array:
+        """float32 (slice, modality, h, w) in [−1, 1]."""
+        return self._gathered(paths.IMAGES, rows)
+
+    def labels(self, rows: Sequence[int]) -> Array:
+        """uint8 (slice, h, w), 0 is background; zeros for slices without ground truth."""
+        return self._gathered(paths.LABELS, rows)
+
+    def _gathered(self, path: str, rows: Sequence[int]) -> Array:
+        array = self.store.array(path)
+        if not len(rows):
+            return np.empty((0, *array.shape[1:]), dtype=array.dtype)
+        parts = [(slice(int(row), int(row) + 1), *(slice(0, n) for n in array.shape[1:])) for row in rows]
+        return np.concatenate(self.store.objects.parallel(lambda part: self.store.read(path, part), parts))
+
+    def model(self, name: str | None = None, *, epoch: int | None = None) -> nn.Module:
+        """A trained network in eval mode on the CPU: ``"final"``, or the checkpoint of an epoch.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint (yet).
+        """
+        if (name is None) == (epoch is None):
+            raise ValueError("give a name such as 'final', or an epoch")
+        weights = self.load_torch(paths.checkpoint_path(name or checkpoint_name(epoch or 0)))
+        model = build_unet(self.config.model, len(self.modalities), len(self.classes), self.config.seed)
+        model.load_state_dict(weights)
+        return model.eval()
+
+    def load_torch(self, path: str) -> dict[str, Any]:
+        """A file of tensors and plain values (``weights_only=True``)."""
+        loaded = torch.load(BytesIO(self.store.objects.get(path)), map_location="cpu", weights_only=True)
+        assert isinstance(loaded, dict)
+        return loaded
+
+    def save_torch(self, path: str, values: Mapping[str, Any]) -> None:
+        """Write a file of tensors and plain values; recorded for the receipt."""
+        sink = BytesIO()
+        torch.save(dict(values), sink)
+        self.store.write_bytes(path, sink.getvalue())
+
+    def influence(self, query_set: QuerySet = "train") -> zarr.Array[Any]:
+        """The influence tensor of a query set: float32 (query_class, query, train), NaN where a region is absent.
+
+        Column of train region (class j, position z among ``train_slices``): (j − 1)·n + z. Read by slicing, as NumPy.
+        """
+        return self.store.array(f"{paths.INFLUENCE}/{query_set}")
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A table by its name: ``slices``, ``regions``, ``checkpoints``, ``skipped``, or one of ``tables/``."""
+        top = {"slices", "regions", "checkpoints", "skipped"}
+        return self.store.read_table(f"{name}.parquet" if name in top else f"tables/{name}.parquet")
+
+
+def open_run(uri: str | Path) -> Run:
+    """The run at a folder or URL, for reading.
+
+    Raises:
+        FileNotFoundError: there is no run there.
+        ValueError: the run was written in another format, or its configuration was edited by hand.
+    """
+    store = RunStore(uri)
+    missing = store.objects.is_local and not Path(store.uri).is_dir()
+    if missing or store.objects.size(paths.CONFIG) is None:
+        raise FileNotFoundError(
+            f"no run at {store.uri}: expected a folder with {paths.CONFIG}. "
+            "Start one with `ray-tracin run --run URI --config FILE`"
+        )
+    config = parse_config(_stored_document(store))
+    _check_versions(store, config)
+    return Run(store, config)
+
+
+def start_run(
+    uri: str | Path,
+    *,
+    preset: str | None = None,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Run:
+    """The run at the URI, begun with this configuration, or gone on with where it exists.
+
+    A run that exists needs no configuration again; one that is given must not differ in what changes the answer.
+
+    Raises:
+        ValueError: a bad configuration, one that differs from the run's own (every difference is listed), or none
+            for a new run.
+        FileNotFoundError: the configuration file does not exist.
+    """
+    document = _document(config)
+    store = RunStore(uri)
+    if store.objects.size(paths.CONFIG) is None:
+        if preset is None and document is None and not overrides:
+            raise ValueError(f"there is no run at {store.uri} yet: give --config FILE or --preset demo|paper")
+        return _begin(store, build_config(preset, document, overrides))
+    stored = open_run(uri)
+    if preset is None and document is None:
+        document = _stored_document(store)
+    wanted = build_config(preset, document, overrides)
+    differences = stored.config.differences(wanted)
+    if differences:
+        listed = "\n  ".join(differences)
+        raise ValueError(
+            f"the run at {store.uri} has another configuration (stored → given):\n  {listed}\n"
+            "Leave these settings out to go on with it, or give another --run"
+        )
+    return Run(store, wanted)
+
+
+def _begin(store: RunStore, config: RunConfig) -> Run:
+    versions = {"format": FORMAT_VERSION, "fingerprint": config.fingerprint(), "versions": installed_versions()}
+    store.objects.put(paths.VERSIONS, json.dumps(versions, indent=1).encode())
+    store.objects.put(paths.CONFIG, config.to_yaml().encode())
+    return Run(store, config)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result can depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _document(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file at {path}: expected a YAML file")
+    return parse_yaml(path.read_text(), str(path))
+
+
+def _stored_document(store: RunStore) -> dict[str, Any]:
+    return parse_yaml(store.objects.get(paths.CONFIG).decode(), f"{store.uri}/{paths.CONFIG}")
+
+
+def _check_versions(store: RunStore, config: RunConfig) -> None:
+    try:
+        stored = json.loads(store.objects.get(paths.VERSIONS))
+    except (FileNotFoundError, ValueError):
+        stored = {}
+    if stored.get("format") != FORMAT_VERSION:
+        raise ValueError(
+            f"the run at {store.uri} has format {stored.get('format')!r}, this ray_tracin reads format "
+            f"{FORMAT_VERSION}: use the release that wrote it"
+        )
+    if stored.get("fingerprint") != config.fingerprint():
+        raise ValueError(
+            f"{store.uri}/{paths.CONFIG} was changed after the run began (fingerprint {stored.get('fingerprint')}, "
+            f"now {config.fingerprint()}): restore it, or start another run"
+        )

@@ -1,0 +1,166 @@
+"""What a stage is: keys, idempotent work on one key, and evidence that a key is done.
+
+The one idea: a stage says *what* is to be done; any executor (a plain loop here, a pool of Ray actors in `runtime`,
+Ray Data in `datasets`) may do it, in any order, any number of times, with the same result. Executors are told only
+the keys that are not done. This module knows no Ray, and none of the stages.
+"""
+
+import os
+import resource
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+from ray_tracin.runs import Run
+from ray_tracin.store import Receipt, now
+
+Key = TypeVar("Key")
+Result = Mapping[str, Any]
+LAYOUT = "layout"
+"""The pseudo-stage whose keys are stages: receipts of the metadata that each writes once, before its keys."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What observers of a run are told: a stage began, a key was done, a key is tried again, the stage ended."""
+
+    stage: str
+    kind: str
+    done: int
+    total: int
+    key: str = ""
+    detail: str = ""
+
+
+Listener = Callable[[Event], None]
+
+
+class StageError(ValueError):
+    """Keys of a stage failed; everything else was done. The message lists the keys with their reasons."""
+
+
+@dataclass(frozen=True)
+class Stage(ABC, Generic[Key]):
+    """A step of a run. Subclasses are small and picklable: they travel to the workers."""
+
+    run: Run
+    name: ClassVar[str]
+    uses_gpu: ClassVar[bool] = False
+    sequential: ClassVar[bool] = False
+    """Keys depend on the ones before them: one process does them in order."""
+
+    @abstractmethod
+    def keys(self) -> Sequence[Key]:
+        """Every key of the stage; ``str(key)`` names it in receipts. Needs the stages before it to be done."""
+
+    @abstractmethod
+    def open(self) -> Callable[[Key], Result]:
+        """The work on one key, prepared in the process that will do it (networks loaded, tables read).
+
+        The work writes through ``run.store`` and returns small facts for the receipt.
+        """
+
+    def write_layout(self) -> None:
+        """Create the arrays that the keys write into; called once, before the first key, in one process."""
+
+
+class StageWorker(Generic[Key]):
+    """A process's share of a stage: does a key, then writes its receipt."""
+
+    def __init__(self, stage: Stage[Key]) -> None:
+        self._stage = stage
+        self._work = stage.open()
+
+    def do(self, key: Key) -> Receipt:
+        """Do the key and declare it done. An error carries the stage and the key as a note."""
+        store = self._stage.run.store
+        store.take_written()
+        started = now()
+        try:
+            result = self._work(key)
+        except Exception as error:
+            error.add_note(f"in stage {self._stage.name}, key {key}")
+            raise
+        receipt = Receipt(
+            stage=self._stage.name,
+            key=str(key),
+            fingerprint=self._stage.run.fingerprint,
+            files=store.take_written(),
+            result=result,
+            worker=f"{socket.gethostname()}:{os.getpid()}",
+            started=started,
+            seconds=now() - started,
+            peak_memory=peak_memory(),
+        )
+        store.write_receipt(receipt)
+        return receipt
+
+
+Executor = Callable[[Stage[Any], Sequence[Any], Callable[[Any], None]], None]
+"""Does keys of a stage, anywhere, and reports each one that is done.
+
+Raises `StageError` at the end if some failed; all others were done.
+"""
+
+
+def done_receipts(stage: Stage[Any]) -> dict[str, Receipt]:
+    """The receipts of the stage whose files are as they were written, by key; released ones included."""
+    return sound_receipts(stage.run, stage.name)
+
+
+def sound_receipts(run: Run, name: str) -> dict[str, Receipt]:
+    """The receipts of a stage by its name, as `done_receipts`."""
+    found = run.store.receipts(name)
+    held = {key: receipt for key, receipt in found.items() if receipt.fingerprint == run.fingerprint}
+    damaged = run.store.problems(held.values(), check_bytes=run.config.resources.check == "bytes")
+    return {key: receipt for key, receipt in held.items() if f"{name}/{key}" not in damaged}
+
+
+def complete(stage: Stage[Any], execute: Executor, listen: Listener) -> None:
+    """Do what is not done of a stage. Calling it again does nothing.
+
+    Raises:
+        StageError: some keys failed; all others were done.
+    """
+    keys = stage.keys()
+    receipts = done_receipts(stage)
+    finished = {key for key, receipt in receipts.items() if not receipt.released}
+    pending = [key for key in keys if str(key) not in finished]
+    done, total = len(keys) - len(pending), len(keys)
+    listen(Event(stage.name, "begin", done, total))
+    if pending:
+        _ensure_layout(stage)
+
+        def report(key: Any) -> None:
+            nonlocal done
+            done += 1
+            listen(Event(stage.name, "done", done, total, str(key)))
+
+        execute(stage, pending, report)
+    listen(Event(stage.name, "end", done, total, detail=f"{len(pending)} computed"))
+
+
+def execute_serially(stage: Stage[Any], keys: Sequence[Any], report: Callable[[Any], None]) -> None:
+    """The executor without a cluster: one key after another in this process; the first error ends it."""
+    worker = StageWorker(stage)
+    for key in keys:
+        worker.do(key)
+        report(key)
+
+
+def peak_memory() -> int:
+    """Highest resident size of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _ensure_layout(stage: Stage[Any]) -> None:
+    if stage.name in sound_receipts(stage.run, LAYOUT):
+        return
+    store = stage.run.store
+    store.take_written()
+    stage.write_layout()
+    files = store.take_written()
+    if files:
+        store.write_receipt(Receipt(LAYOUT, stage.name, stage.run.fingerprint, files=files, started=now()))

@@ -1,0 +1,356 @@
+"""The one owner of a run's paths, arrays, tables and receipts: no other module opens Zarr or Parquet.
+
+The one idea: a unit of work is done when its *receipt* says so and the bytes on disk are those that the receipt lists.
+Files are written first, the receipt last, so that a process killed at any moment leaves either a finished key or one
+that will be computed again. Presence of a chunk proves nothing (Zarr does not store chunks of fill value by default,
+and a damaged shard can read as NaN), hence every file that Zarr writes is recorded with its size and CRC-32C.
+
+A writer owns whole chunks (whole shards where an array is sharded); a write that doesn't is refused.
+
+This module knows nothing of networks, regions or Ray. Read `objects` (bytes) below it and `stages` above it.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+from zarr.abc.store import Store
+from zarr.codecs import Crc32cCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import ObjectStore, WrapperStore
+
+from ray_tracin.objects import Objects, StorageError, StoredFile, explained
+
+CONFIG = "config.yaml"
+VERSIONS = "versions.json"
+RECEIPTS = "receipts"
+IMAGES = "slices.zarr/images"
+LABELS = "slices.zarr/labels"
+SLICES = "slices.parquet"
+SKIPPED = "skipped.parquet"
+CHECKPOINTS = "checkpoints.parquet"
+MASKS = "regions.zarr/mask"
+REGION_LABELS = "regions.zarr/labels"
+REGIONS = "regions.parquet"
+GRADIENTS = "gradients.zarr"
+INFLUENCE = "influence.zarr"
+TILES = "tiles.zarr"
+INFLUENCE_TABLE = "tables/influence"
+SELF_INFLUENCE = "tables/self_influence.parquet"
+
+Selection = tuple[slice, ...]
+Array = npt.NDArray[Any]
+
+
+def checkpoint_path(name: str) -> str:
+    """Where the weights of ``epoch_NN`` or ``final`` are."""
+    return f"checkpoints/{name}.pt"
+
+
+class IncompleteRunError(ValueError):
+    """Something that is asked for has not been computed yet; the message says which command computes it."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The evidence that a key of a stage is done, and what it cost."""
+
+    stage: str
+    key: str
+    fingerprint: str
+    files: tuple[StoredFile, ...] = ()
+    result: Mapping[str, Any] = field(default_factory=dict)
+    """Small facts that later stages need, plain values."""
+    released: bool = False
+    """The files were deleted on purpose, after everything that needed them was done."""
+    worker: str = ""
+    started: float = 0.0
+    """Seconds since the epoch."""
+    seconds: float = 0.0
+    peak_memory: int = 0
+    """Bytes; the highest resident size of the worker's process so far."""
+
+    @property
+    def path(self) -> str:
+        """Where the receipt is kept."""
+        return f"{RECEIPTS}/{self.stage}/{self.key}.json"
+
+    def to_bytes(self) -> bytes:
+        """The receipt as JSON."""
+        values = {**self.__dict__, "files": [file.to_json() for file in self.files]}
+        return json.dumps(values, indent=1, allow_nan=True).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Receipt":
+        """The receipt that `to_bytes` wrote.
+
+        Raises:
+            ValueError: the bytes are no receipt.
+        """
+        try:
+            values = json.loads(data)
+            files = tuple(StoredFile.from_json(file) for file in values.pop("files"))
+            return cls(files=files, **values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a receipt: {error}") from None
+
+
+class RunStore:
+    """The files of one run. Cheap to pickle; every process opens its own."""
+
+    def __init__(self, uri: str | Path) -> None:
+        self.objects = Objects(uri)
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._written: list[StoredFile] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"objects": self.objects, "_arrays": {}, "_written": []}
+
+    @property
+    def uri(self) -> str:
+        """Where the run is."""
+        return self.objects.uri
+
+    # Receipts
+
+    def write_receipt(self, receipt: Receipt) -> None:
+        """Declare the key done. To be called after everything it lists was written."""
+        self.objects.put(receipt.path, receipt.to_bytes())
+
+    def read_receipt(self, stage: str, key: str) -> Receipt | None:
+        """The receipt of a key, or None where there is none or it is damaged (then the key is not done)."""
+        try:
+            return Receipt.from_bytes(self.objects.get(f"{RECEIPTS}/{stage}/{key}.json"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def receipts(self, stage: str) -> dict[str, Receipt]:
+        """Every readable receipt of a stage, by key; one listing and parallel reads."""
+        prefix = f"{RECEIPTS}/{stage}/"
+        paths = [path for path in self.objects.sizes(f"{RECEIPTS}/{stage}") if path.endswith(".json")]
+        keys = [path.removeprefix(prefix).removesuffix(".json") for path in sorted(paths)]
+        found = self.objects.parallel(lambda key: self.read_receipt(stage, key), keys)
+        return {key: receipt for key, receipt in zip(keys, found, strict=True) if receipt is not None}
+
+    def release(self, receipts: Iterable[Receipt]) -> None:
+        """Delete the files of finished keys that nothing needs any more. The receipts stay and say so."""
+        for receipt in receipts:
+            self.write_receipt(replace(receipt, files=(), released=True))
+            self.objects.delete(file.path for file in receipt.files)
+
+    def problems(self, receipts: Iterable[Receipt], *, check_bytes: bool) -> dict[str, list[str]]:
+        """What is wrong with the files of each receipt, by ``stage/key``; keys without a problem are not listed."""
+        held = list(receipts)
+        sizes = self._sizes({file.path.split("/", 1)[0] for receipt in held for file in receipt.files})
+
+        def check(receipt: Receipt) -> list[str]:
+            found = (self.objects.problem(file, sizes, check_bytes=check_bytes) for file in receipt.files)
+            return [problem for problem in found if problem]
+
+        checked = self.objects.parallel(check, held)
+        return {f"{receipt.stage}/{receipt.key}": found for receipt, found in zip(held, checked, strict=True) if found}
+
+    def _sizes(self, tops: Iterable[str]) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for top in tops:
+            size = self.objects.size(top)
+            sizes.update(self.objects.sizes(top) if size is None else {top: size})
+        return sizes
+
+    # Arrays
+
+    def create_group(self, path: str, attributes: Mapping[str, Any]) -> None:
+        """Write the metadata of a group such as ``influence.zarr``; what is below it stays."""
+        container, inner = _container(path)
+        store = self._zarr_store(container)
+        self.objects.delete([f"{path}/zarr.json"])
+        zarr.create_group(store, path=inner, attributes=dict(attributes), zarr_format=3)
+
+    def create_array(
+        self,
+        path: str,
+        *,
+        shape: Sequence[int],
+        chunks: Sequence[int],
+        dtype: str,
+        dimensions: Sequence[str],
+        shards: Sequence[int] | None = None,
+        fill_value: Any = None,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the metadata of an array; chunks that are there stay. Every chunk carries a CRC-32C.
+
+        Floats are filled with NaN unless told otherwise, so that what was never written cannot pass for a zero.
+        """
+        if fill_value is None:
+            fill_value = np.nan if np.dtype(dtype).kind == "f" else 0
+        container, inner = _container(path)
+        self.objects.delete([f"{path}/zarr.json"])
+        self._arrays.pop(path, None)
+        zarr.create_array(
+            self._zarr_store(container),
+            name=inner,
+            shape=tuple(shape),
+            chunks=tuple(chunks),
+            shards=tuple(shards) if shards else None,
+            dtype=dtype,
+            fill_value=fill_value,
+            compressors=[Crc32cCodec()],
+            dimension_names=list(dimensions),
+            attributes=dict(attributes or {}),
+            zarr_format=3,
+            config={"write_empty_chunks": True},
+        )
+
+    def attributes(self, path: str) -> dict[str, Any]:
+        """The attributes of a group.
+
+        Raises:
+            IncompleteRunError: there is no such group yet.
+        """
+        container, inner = _container(path)
+        try:
+            return zarr.open_group(self._zarr_store(container), path=inner, mode="r", zarr_format=3).attrs.asdict()
+        except (FileNotFoundError, KeyError):
+            raise self._missing(path) from None
+
+    def array(self, path: str) -> zarr.Array[Any]:
+        """The array at the path, open for reading and for `write`.
+
+        Raises:
+            IncompleteRunError: there is no such array yet.
+        """
+        if path not in self._arrays:
+            container, inner = _container(path)
+            try:
+                opened = zarr.open_array(self._zarr_store(container), path=inner, mode="r+", zarr_format=3)
+            except (FileNotFoundError, KeyError):
+                raise self._missing(path) from None
+            # write_empty_chunks is no part of the stored metadata: it must be set again at every opening.
+            self._arrays[path] = opened.with_config({"write_empty_chunks": True})
+        return self._arrays[path]
+
+    def write(self, path: str, selection: Selection, values: Array) -> None:
+        """Write a block that covers whole chunks (shards where the array has them); recorded for the receipt."""
+        array = self.array(path)
+        _assert_owns_whole_chunks(array, selection)
+        with explained("write", path, self.uri):
+            array[selection] = values
+
+    def read(self, path: str, selection: Selection | tuple[()] = ()) -> Array:
+        """The values of a block; all of the array without a selection.
+
+        Raises:
+            StorageError: a chunk is damaged; the message says which array and what to do.
+        """
+        array = self.array(path)
+        try:
+            return np.asarray(array[selection] if selection else array[...])
+        except Exception as error:
+            if isinstance(error, StorageError | MemoryError):
+                raise
+            # Codecs report damage as ValueError or RuntimeError, and a cut file as anything from IndexError up.
+            raise StorageError(
+                f"cannot read {self.uri}/{path} at {_shown(selection)}: {error}. "
+                f"`ray-tracin verify --run {self.uri}` finds damaged files, running the stage again replaces them"
+            ) from error
+
+    # Tables and other files
+
+    def write_table(self, path: str, table: pd.DataFrame | pa.Table, *, recorded: bool = True) -> None:
+        """Write a Parquet file (zstd); recorded for the receipt unless it is to be written again before it is done."""
+        arrow = pa.Table.from_pandas(table, preserve_index=False) if isinstance(table, pd.DataFrame) else table
+        sink = BytesIO()
+        pq.write_table(arrow, sink, compression="zstd")
+        written = self.objects.put(path, sink.getvalue())
+        if recorded:
+            self._written.append(written)
+
+    def read_table(self, path: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """A Parquet file as a data frame.
+
+        Raises:
+            IncompleteRunError: there is no such table yet.
+        """
+        try:
+            data = self.objects.get(path)
+        except FileNotFoundError:
+            raise self._missing(path) from None
+        frame = pq.read_table(BytesIO(data), columns=list(columns) if columns else None).to_pandas()
+        assert isinstance(frame, pd.DataFrame)
+        return frame
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Write any file; recorded for the receipt."""
+        self._written.append(self.objects.put(path, data))
+
+    def take_written(self) -> tuple[StoredFile, ...]:
+        """The files written since the last call, once each (the last write counts), sorted by path."""
+        latest = {file.path: file for file in self._written}
+        self._written.clear()
+        return tuple(latest[path] for path in sorted(latest))
+
+    def _missing(self, path: str) -> IncompleteRunError:
+        hint = f"`ray-tracin status --run {self.uri}` says what is missing"
+        return IncompleteRunError(f"{self.uri}/{path} does not exist yet: {hint}")
+
+    def _zarr_store(self, container: str) -> Store:
+        return _RecordingStore(ObjectStore(self.objects.below(container).connection), container, self._written)
+
+
+class _RecordingStore(WrapperStore[Any]):
+    """A Zarr store that notes the exact bytes of everything that is written through it."""
+
+    def __init__(self, store: Any, container: str, written: list[StoredFile]) -> None:
+        super().__init__(store)
+        self._container = container
+        self._log = written
+
+    def _with_store(self, store: Any) -> "_RecordingStore":
+        return type(self)(store, self._container, self._log)
+
+    def _note(self, key: str, value: Buffer) -> None:
+        self._log.append(StoredFile.of(f"{self._container}/{key}", value.to_bytes()))
+
+    async def set(self, key: str, value: Buffer) -> None:
+        await super().set(key, value)
+        self._note(key, value)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        if not await self.exists(key):
+            await super().set_if_not_exists(key, value)
+            self._note(key, value)
+
+
+def now() -> float:
+    """Seconds since the epoch, for receipts."""
+    return time.time()
+
+
+def _container(path: str) -> tuple[str, str]:
+    """``a.zarr/b/c`` → (``a.zarr``, ``b/c``): each ``.zarr`` folder is a Zarr hierarchy of its own."""
+    container, _, inner = path.partition("/")
+    return container, inner
+
+
+def _assert_owns_whole_chunks(array: zarr.Array[Any], selection: Selection) -> None:
+    unit = array.shards or array.chunks
+    assert len(selection) == len(unit), f"{array.path}: one slice an axis, got {selection}"
+    for axis, (part, step, length) in enumerate(zip(selection, unit, array.shape, strict=True)):
+        start, stop, stride = part.indices(length)
+        whole = stride == 1 and start % step == 0 and (stop % step == 0 or stop == length)
+        assert whole, f"{array.path}: axis {axis} of {_shown(selection)} cuts chunks of {step}"
+
+
+def _shown(selection: Selection | tuple[()]) -> str:
+    return "[" + ", ".join(f"{part.start}:{part.stop}" for part in selection) + "]"

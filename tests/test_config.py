@@ -1,0 +1,88 @@
+from pathlib import Path
+
+import pytest
+
+from ray_tracin.config import PRESETS, RunConfig, build_config, parse_yaml
+
+
+def test_yaml_round_trip_keeps_everything() -> None:
+    for preset in PRESETS:
+        config = build_config(preset, None, ["data.labels={1: core, 7: rim}"])
+        assert build_config(None, parse_yaml(config.to_yaml(), "text")) == config
+
+
+def test_later_sources_win_over_earlier_ones() -> None:
+    config = build_config("paper", {"training": {"epochs": 20}}, ["training.epochs=12", "model.width=8"])
+    assert (config.training.epochs, config.model.width, config.training.dice) == (12, 8, "batch")
+
+
+def test_speed_settings_are_no_part_of_the_fingerprint() -> None:
+    base = build_config("demo")
+    faster = build_config("demo", None, ["resources.workers=7", "resources.batch_slices=3", "gradients.keep=false"])
+    assert faster != base
+    assert faster.fingerprint() == base.fingerprint()
+    assert base.differences(faster) == []
+
+
+@pytest.mark.parametrize("override", ["seed=1", "regions.source=checkpoint", "gradients.dtype=bfloat16", "data.root=x"])
+def test_what_changes_the_answer_changes_the_fingerprint(override: str) -> None:
+    base, other = build_config("demo"), build_config("demo", None, [override])
+    assert other.fingerprint() != base.fingerprint()
+    assert len(base.differences(other)) == 1
+    assert base.differences(other)[0].startswith(override.split("=")[0])
+
+
+def test_an_unknown_key_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown setting 'training\.epoch'; known here: .*epochs.*momentum"):
+        build_config("demo", {"training": {"epoch": 3}})
+    with pytest.raises(ValueError, match=r"unknown setting 'data\.slices\.x'; known here: count, indices, selection"):
+        build_config("demo", None, ["data.slices.x=1"])
+    with pytest.raises(ValueError, match=r"unknown setting 'optimizer'; known here: data, gradients"):
+        build_config("demo", {"optimizer": 1})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.width=-1", r"model\.width: Input should be greater than 0, got -1"),
+        ("training.epochs=3", r"asks for epochs \[6, 7, 8, 9, 10\], training\.epochs is 3"),
+        ("data.size=100", r"data\.size must be a multiple of 16 for a UNet of 5 levels, got 100"),
+        ("data.slices={selection: list}", r"`selection: list` needs `indices`"),
+        ("split={validation: 0.6, test: 0.4}", r"must leave patients to train on"),
+        ("influence.query_sets=[train, train]", r"once each, got \['train', 'train'\]"),
+        ("width", r"an override reads key\.path=value, got 'width'"),
+    ],
+)
+def test_bad_values_say_what_was_expected_and_found(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_config("demo", None, [override])
+
+
+def test_bad_documents_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown preset 'dem'; known: demo, paper"):
+        build_config("dem")
+    with pytest.raises(ValueError, match=r"file\.yaml must hold a mapping of settings .*, got list"):
+        parse_yaml("- a", "file.yaml")
+    with pytest.raises(ValueError, match=r"file\.yaml is not valid YAML"):
+        parse_yaml("a: [", "file.yaml")
+
+
+def test_the_paper_preset_is_the_paper(tmp_path: Path) -> None:
+    config = build_config("paper")
+    assert config.data.slices.indices == tuple(range(90, 100))
+    assert (config.data.crop_start, config.data.size, config.data.intensity) == (27, 192, "maximum")
+    assert (config.model.width, config.model.depth, config.model.norm) == (64, 5, "batch")
+    assert (config.training.epochs, config.training.batch_size, config.training.adam_epochs) == (30, 10, 5)
+    assert (config.training.adam_learning_rate, config.training.weight_decay) == (1e-4, 1e-5)
+    assert config.regions.threshold == 0.8
+    assert config.influence_epochs() == (6, 7, 8, 9, 10)
+
+
+def test_explicit_checkpoints_are_sorted_and_checked() -> None:
+    assert build_config("demo", None, ["influence.checkpoints=[9, 7]"]).influence_epochs() == (7, 9)
+    with pytest.raises(ValueError, match="train longer or ask for fewer checkpoints"):
+        build_config("demo", None, ["influence.checkpoints=[9, 99]"])
+
+
+def test_defaults_are_valid() -> None:
+    assert RunConfig().influence_epochs() == (6, 7, 8, 9, 10)

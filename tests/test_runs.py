@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+
+from ray_tracin.runs import open_run, start_run
+
+
+def test_a_run_that_exists_needs_no_configuration_again(tmp_path: Path) -> None:
+    first = start_run(tmp_path / "run", preset="demo", overrides=["seed=3"])
+    assert start_run(tmp_path / "run").config == first.config
+    assert open_run(tmp_path / "run").config == first.config
+    assert start_run(tmp_path / "run", overrides=["resources.workers=1"]).config.resources.workers == 1
+
+
+def test_another_configuration_is_refused_with_every_difference(tmp_path: Path) -> None:
+    start_run(tmp_path / "run", preset="demo")
+    message = r"has another configuration[\s\S]*model\.width: 8 → 16[\s\S]*seed: 0 → 9[\s\S]*give another --run"
+    with pytest.raises(ValueError, match=message):
+        start_run(tmp_path / "run", overrides=["seed=9", "model.width=16"])
+
+
+def test_a_new_run_needs_a_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no run at .* yet: give --config FILE or --preset demo|paper"):
+        start_run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="no configuration file at .*missing.yaml: expected a YAML file"):
+        start_run(tmp_path / "run", config=tmp_path / "missing.yaml")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_opening_what_is_no_run_says_so_and_creates_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no run at .*/nothing: expected a folder with config\.yaml"):
+        open_run(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_an_edited_configuration_and_an_unknown_format_are_refused(tmp_path: Path) -> None:
+    start_run(tmp_path / "run", preset="demo")
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("seed: 0", "seed: 1"))
+    with pytest.raises(ValueError, match=r"config\.yaml was changed after the run began"):
+        open_run(tmp_path / "run")
+    config.write_text(text)
+    versions = tmp_path / "run" / "versions.json"
+    versions.write_text(versions.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(
+        ValueError, match="has format 99, this ray_tracin reads format 1: use the release that wrote it"
+    ):
+        open_run(tmp_path / "run")

@@ -1,0 +1,176 @@
+"""The laws of stages: each key once, resumed where it stopped, damage done again, errors kept in their place."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from ray_tracin.config import build_config
+from ray_tracin.runs import Run, start_run
+from ray_tracin.runtime import execute_on_ray
+from ray_tracin.stages import Event, Executor, Result, Stage, StageError, complete, done_receipts, execute_serially
+from ray_tracin.vocabulary import SliceRange
+
+ARRAY = "squares.zarr/x"
+
+
+@dataclass(frozen=True)
+class Square(Stage[SliceRange]):
+    """Writes i² at i; every attempt at a key leaves a file, and ``trouble`` says what goes wrong at it."""
+
+    attempts: Path
+    trouble: dict[int, str]
+    name: ClassVar[str] = "square"
+
+    def keys(self) -> Sequence[SliceRange]:
+        return [SliceRange(start, start + 2) for start in range(0, 12, 2)]
+
+    def write_layout(self) -> None:
+        self.run.store.create_array(ARRAY, shape=(12,), chunks=(2,), dtype="float32", dimensions=("i",))
+
+    def open(self) -> Callable[[SliceRange], Result]:
+        return self._square
+
+    def tries(self, start: int) -> int:
+        return len(list(self.attempts.glob(f"{start}-*")))
+
+    def _square(self, key: SliceRange) -> Result:
+        before = self.tries(key.start)
+        (self.attempts / f"{key.start}-{before}-{os.getpid()}-{time.monotonic_ns()}").touch()
+        trouble = self.trouble.get(key.start, "")
+        if trouble == "value":
+            raise ValueError("expected a number that can be squared")
+        if trouble == "always":
+            raise RuntimeError("the device is lost")
+        if trouble == "once" and before == 0:
+            raise RuntimeError("a glitch")
+        if trouble == "killed once" and before == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if trouble == "hangs once" and before == 0:
+            time.sleep(60)
+        values = np.arange(key.start, key.stop, dtype=np.float32) ** 2
+        self.run.store.write(ARRAY, (slice(key.start, key.stop),), values)
+        return {"sum": float(values.sum())}
+
+
+@dataclass(frozen=True)
+class Chain(Square):
+    """The same, in order."""
+
+    name: ClassVar[str] = "chain"
+    sequential: ClassVar[bool] = True
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return start_run(tmp_path / "run", preset="demo")
+
+
+@pytest.fixture
+def attempts(tmp_path: Path) -> Path:
+    folder = tmp_path / "attempts"
+    folder.mkdir()
+    return folder
+
+
+def _complete(stage: Stage[Any], execute: Executor) -> list[Event]:
+    events: list[Event] = []
+    complete(stage, execute, events.append)
+    return events
+
+
+EXPECTED = np.arange(12, dtype=np.float32) ** 2
+
+
+def test_a_stage_is_done_once_and_then_nothing_is(run: Run, attempts: Path) -> None:
+    stage = Square(run, attempts, {})
+    events = _complete(stage, execute_serially)
+    assert [event.kind for event in events] == ["begin", *["done"] * 6, "end"]
+    assert np.array_equal(run.store.read(ARRAY), EXPECTED)
+    assert done_receipts(stage)["000002-000004"].result == {"sum": 13.0}
+    again = _complete(stage, execute_serially)
+    assert [(event.kind, event.done) for event in again] == [("begin", 6), ("end", 6)]
+    assert len(list(attempts.iterdir())) == 6
+
+
+def test_damage_is_computed_again_and_nothing_else(run: Run, attempts: Path) -> None:
+    stage = Square(run, attempts, {})
+    _complete(stage, execute_serially)
+    chunk = Path(run.uri) / "squares.zarr/x/c/3"
+    chunk.write_bytes(b"x" * chunk.stat().st_size)
+    (Path(run.uri) / "squares.zarr/x/c/5").unlink()
+    (Path(run.uri) / "squares.zarr/x/zarr.json").write_text("{}")
+    _complete(stage, execute_serially)
+    assert [stage.tries(start) for start in range(0, 12, 2)] == [1, 1, 1, 2, 1, 2]
+    assert np.array_equal(Run(type(run.store)(run.uri), run.config).store.read(ARRAY), EXPECTED)
+
+
+def test_an_error_names_stage_and_key_and_keeps_what_was_done(run: Run, attempts: Path) -> None:
+    stage = Square(run, attempts, {4: "value"})
+    with pytest.raises(ValueError, match="expected a number that can be squared") as caught:
+        _complete(stage, execute_serially)
+    assert caught.value.__notes__ == ["in stage square, key 000004-000006"]
+    _complete(Square(run, attempts, {}), execute_serially)
+    assert [stage.tries(start) for start in range(0, 12, 2)] == [1, 1, 2, 1, 1, 1]
+
+
+def test_receipts_of_another_configuration_do_not_count(run: Run, attempts: Path) -> None:
+    _complete(Square(run, attempts, {}), execute_serially)
+    other = Square(Run(run.store, build_config("demo", None, ["seed=5"])), attempts, {})
+    assert done_receipts(other) == {}
+
+
+@pytest.mark.ray
+def test_the_pool_does_every_key_and_survives_what_happens(local_cluster: str, run: Run, attempts: Path) -> None:
+    stage = Square(run, attempts, {2: "once", 6: "killed once"})
+    events = _complete(stage, execute_on_ray)
+    assert events[-1].done == events[-1].total == 6
+    assert np.array_equal(run.store.read(ARRAY), EXPECTED)
+    assert stage.tries(2) == 2
+    assert stage.tries(6) == 2
+    # A killed worker takes at most the keys in flight with it.
+    assert sum(stage.tries(start) for start in range(0, 12, 2)) <= 6 + 1 + 2
+
+
+@pytest.mark.ray
+def test_a_hung_key_goes_to_another_worker(local_cluster: str, run: Run, attempts: Path) -> None:
+    hasty = Run(run.store, build_config("demo", None, ["resources.lease_seconds=3"]))
+    stage = Square(hasty, attempts, {4: "hangs once"})
+    started = time.monotonic()
+    _complete(stage, execute_on_ray)
+    assert np.array_equal(run.store.read(ARRAY), EXPECTED)
+    assert stage.tries(4) == 2
+    assert time.monotonic() - started < 40
+
+
+@pytest.mark.ray
+def test_failed_keys_are_listed_with_their_reasons_and_the_others_done(
+    local_cluster: str, run: Run, attempts: Path
+) -> None:
+    stage = Square(run, attempts, {0: "value", 8: "always"})
+    with pytest.raises(StageError) as caught:
+        _complete(stage, execute_on_ray)
+    message = str(caught.value)
+    assert message.startswith("stage square: 2 of 6 keys failed, the others are done and kept:")
+    assert "000000-000002: expected a number that can be squared" in message
+    assert "000008-000010: RuntimeError: the device is lost" in message
+    assert len(done_receipts(stage)) == 4
+    assert (stage.tries(0), stage.tries(8)) == (1, 3)  # what repeats is tried once, what may pass three times
+
+
+@pytest.mark.ray
+def test_keys_in_order_go_on_in_one_task_and_after_a_kill_in_another(
+    local_cluster: str, run: Run, attempts: Path
+) -> None:
+    stage = Chain(run, attempts, {6: "killed once"})
+    events = _complete(stage, execute_on_ray)
+    done = [event.key for event in events if event.kind == "done"]
+    assert done == [str(SliceRange(start, start + 2)) for start in range(0, 12, 2)]
+    assert [stage.tries(start) for start in range(0, 12, 2)] == [1, 1, 1, 2, 1, 1]
+    assert np.array_equal(run.store.read(ARRAY), EXPECTED)
