@@ -202,14 +202,18 @@ def _ventricles(points: Points, jagged: Field) -> Field:
     height = 18 - 10 * along + 6 * np.sin(np.pi * along)
     width = np.float32(3.6) + np.float32(3.2) * np.sin(np.pi * np.clip(along * np.float32(1.15), 0, 1)) ** 2
     lateral = np.sqrt((np.abs(x) - (7 + 15 * along**2)) ** 2 + (np.float32(0.75) * (z - height)) ** 2 + beyond) - width
-    third = _ellipsoid(points, (0, 4, 4), (1.8, 13, 9))
+    third = _ellipsoid(points, (0.0, 4.0, 4.0), (1.8, 13.0, 9.0))
     return np.asarray(np.minimum(lateral, third) + np.float32(0.5) * jagged)
 
 
 def _nuclei(points: Points) -> Field:
     """Thalamus, putamen and caudate of both sides."""
     right = np.stack([np.abs(points[0]), points[1], points[2]])
-    parts = (((12, 8, 8), (8, 14, 9)), ((25, -10, 4), (5.5, 16, 10)), ((14, -24, 12), (5, 10, 10)))
+    parts = (
+        ((12.0, 8.0, 8.0), (8.0, 14.0, 9.0)),
+        ((25.0, -10.0, 4.0), (5.5, 16.0, 10.0)),
+        ((14.0, -24.0, 12.0), (5.0, 10.0, 10.0)),
+    )
     return ramp(-np.minimum.reduce([_ellipsoid(right, centre, radii) for centre, radii in parts]), -1.0, 1.0)
 
 

@@ -182,6 +182,7 @@ class TabulateSelfInfluence(Stage[str]):
     """
 
     name: ClassVar[str] = "self-influence"
+    light: ClassVar[bool] = True
 
     def keys(self) -> Sequence[str]:
         """One key, where the train set is among the query sets."""

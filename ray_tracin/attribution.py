@@ -23,9 +23,9 @@ from ray_tracin import store as paths
 from ray_tracin.gradients import NonFiniteGradientError, RegionDifferentiator
 from ray_tracin.influence import tile_kernel
 from ray_tracin.layers import Layout, Segment
-from ray_tracin.learning import FINAL, mask_path, pick_device
+from ray_tracin.mapping import mask_path
 from ray_tracin.regions import whole_slices
-from ray_tracin.runs import Run
+from ray_tracin.runs import FINAL, Run, pick_device
 from ray_tracin.stages import Result, Stage
 from ray_tracin.store import Array
 from ray_tracin.unet import HEAD

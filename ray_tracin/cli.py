@@ -5,10 +5,10 @@ Exit codes: 0 done, 2 wrong usage or configuration, 1 failed. A failure prints w
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import pandas as pd
 import typer
@@ -22,8 +22,8 @@ from ray_tracin.phantom import Edition
 from ray_tracin.pipeline import STEPS, Executors, is_prepared, run_to, status, verify
 from ray_tracin.planning import Plan, plan_run
 from ray_tracin.runs import Run, open_run, start_run
-from ray_tracin.runtime import cluster, execute_on_ray, write_phantoms
-from ray_tracin.stages import Event, Listener
+from ray_tracin.runtime import RayExecutor, cluster, write_phantoms
+from ray_tracin.stages import Event, Listener, Stage
 
 DEMO_PATIENTS = 28
 PLAIN_LINE_SECONDS = 5.0
@@ -102,7 +102,7 @@ def demo(
         with _progress() as listen:
             if not is_prepared(opened):
                 write_phantoms(folder, DEMO_PATIENTS, listen)
-            run_to(opened, STEPS[-1], _executors(), listen)
+            _complete(opened, STEPS[-1], listen)
         _print_result(opened, time.monotonic() - started)
 
 
@@ -137,7 +137,7 @@ def step_command(step: str) -> Callable[..., None]:
                 opened = start_run(run, preset=preset, config=config, overrides=overrides or [])
             started = time.monotonic()
             with cluster(address), _progress() as listen:
-                run_to(opened, step, _executors(), listen)
+                _complete(opened, step, listen)
             _print_result(opened, time.monotonic() - started)
 
     return command
@@ -241,8 +241,14 @@ def main() -> None:
     app()
 
 
-def _executors() -> Executors:
-    return Executors(pool=execute_on_ray, tables=execute_on_ray_data)
+def _complete(run: Run, step: str, listen: Listener) -> None:
+    with RayExecutor() as pool:
+
+        def write_tables(stage: Stage[Any], keys: Sequence[Any], report: Callable[[Any], None]) -> None:
+            pool.close()  # Ray Data would wait for the CPUs that idle actors hold.
+            execute_on_ray_data(stage, keys, report)
+
+        run_to(run, step, Executors(pool=pool, tables=write_tables), listen)
 
 
 @contextmanager
@@ -304,6 +310,9 @@ def _print_plan(planned: Plan) -> None:
 def _print_result(run: Run, seconds: float) -> None:
     """Where the result is, and the few numbers that say whether it is worth a look."""
     out.print(f"done in {seconds:.0f} s: {run.uri}", markup=False)
+    skipped = len(run.table("skipped"))
+    if skipped:
+        out.print(f"{skipped} cases were skipped; why is in {run.uri}/skipped.parquet", markup=False)
     try:
         last = run.table("checkpoints").iloc[-1]
     except (ValueError, IndexError):

@@ -149,7 +149,9 @@ def render_patient(
     head = _push(head, grid, tumour, strength=rng.uniform(0.15, 0.45))
     tissue = template_tissue(head) if anatomy == "template" else analytic_tissue(rng, head, spacing)
     truth = _delineate(tumour, tissue)
-    errors = [sd * grid.noise(rng, length) for sd, length in ((CORE_ERROR, 9), (RIM_ERROR, 9), (OEDEMA_ERROR, 14))]
+    errors = [
+        sd * grid.noise(rng, length) for sd, length in ((CORE_ERROR, 9.0), (RIM_ERROR, 9.0), (OEDEMA_ERROR, 14.0))
+    ]
     rated = _delineate(tumour, tissue, errors)
     scene = _compose(rng, grid, head, tumour, tissue, truth, difficulty)
     images = np.stack([_acquire(rng, grid, scene, name, difficulty) for name in MODALITIES])
@@ -168,7 +170,7 @@ def _grow(rng: np.random.Generator, grid: Grid, head: Points, grade: Grade, cavi
     axes = 1 + rng.normal(0, 0.16, 3)
     offset = (grid.points() - centre[:, None, None, None]) / axes[:, None, None, None]
     distance = np.sqrt((offset**2).sum(0)).astype(np.float32)
-    coarse, fine, fingers, blobs = (grid.noise(rng, length) for length in (16, 8, 20, 14))
+    coarse, fine, fingers, blobs = (grid.noise(rng, length) for length in (16.0, 8.0, 20.0, 14.0))
     to_core = distance + np.float32(0.16 * radius) * coarse + np.float32(0.06 * radius) * fine
     share = float(rng.choice([0.0, 0.0, 0.25, 0.45]))
     return _Tumour(
@@ -250,9 +252,9 @@ def _compose(
     core = parts.rim | parts.necrosis | parts.lobe | parts.cavity
     healthy = ~(core | parts.oedema)
     outward = np.clip((tumour.to_oedema - np.float32(tumour.radius)) / np.float32(tumour.margin), 0, 1)
-    tubes = (np.abs(grid.noise(rng, 9)) < 0.07) & (np.abs(grid.noise(rng, 9)) < 0.12) & (tissue.csf > 0.25)
+    tubes = (np.abs(grid.noise(rng, 9.0)) < 0.07) & (np.abs(grid.noise(rng, 9.0)) < 0.12) & (tissue.csf > 0.25)
     sinus = (np.abs(head[0]) < 2.2) & (head[1] > 70) & tissue.brain
-    spots = (grid.noise(rng, 6) > 2.1) & (tissue.wm > 0.7)
+    spots = (grid.noise(rng, 6.0) > 2.1) & (tissue.wm > 0.7)
     return _Scene(
         tissue=tissue,
         whole=np.clip(np.float32(1.15) - np.float32(0.55) * outward, 0, 1) * _soft(~healthy, grid),
@@ -262,7 +264,7 @@ def _compose(
         cavity=_soft(parts.cavity, grid),
         vessels=_soft(tubes & healthy, grid) + np.float32(0.8) * _soft(sinus & healthy, grid),
         lesions=np.float32(rng.uniform(0, 1)) * _soft(spots & healthy, grid),
-        texture=np.float32(difficulty) * grid.noise(rng, 5),
+        texture=np.float32(difficulty) * grid.noise(rng, 5.0),
         enhancement=float(np.clip(rng.normal(1, ENHANCEMENT_SD * difficulty), 0.45, 1.5)),
         swelling=float(np.clip(rng.normal(1, OEDEMA_SD * difficulty), 0.5, 1.4)),
     )

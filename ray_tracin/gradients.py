@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ray_tracin.layers import Layout, Segment, Shape, multiply_factors, parameter_gradients
+from ray_tracin.layers import Layout, Segment, Shape, parameter_gradients, unit_gradients
 from ray_tracin.recording import Call, exact_arithmetic, hooked, trace
 from ray_tracin.regions import region_pixels, region_scores
 from ray_tracin.units import (
@@ -152,9 +152,10 @@ class RegionDifferentiator:
                 f"differentiator was made for, at least one, got images of shape {tuple(images.shape)}: make a "
                 "differentiator for this size"
             )
-        batch = images.to(self._like), labels.to(self._like.device), masks.to(self._like.device)
         step = len(images) if self._batched else 1
-        parts = [self._batch(*(part[start:stop] for part in batch)) for start, stop in ranges(len(images), step)]
+        with exact_arithmetic():
+            batch = images.to(self._like), labels.to(self._like.device), masks.to(self._like.device)
+            parts = [self._batch(*(part[start:stop] for part in batch)) for start, stop in ranges(len(images), step)]
         if len(parts) == 1:
             result = parts[0]
         else:
@@ -167,30 +168,31 @@ class RegionDifferentiator:
     def _batch(self, images: Tensor, labels: Tensor, masks: Tensor) -> RegionGradients:
         while True:
             passes = _Passes(self._units, self.layout, self._read, self._overwritten, images)
-            with exact_arithmetic():
-                logits = passes.forward(self._model, images)
-                scores = region_scores(logits, labels, masks)
-                exists = _existing(logits, scores, masks)
-                passes.backward(torch.where(exists, scores, 0))
+            logits = passes.forward(self._model, images)
+            # Cloned, because autograd keeps them and refuses tensors of inference mode.
+            scores = region_scores(logits, labels.clone(), masks.clone())
+            exists = _existing(logits, scores, masks)
+            passes.backward(torch.where(exists, scores, 0))
             if not passes.overwritten:
                 return RegionGradients(passes.values, scores.detach(), exists)
             # The network writes into what these units have read: once more, and from now on, with copies.
             self._overwritten |= passes.overwritten
 
     def _check_finite(self, result: RegionGradients) -> None:
-        scores_finite = result.scores.isfinite() | ~result.exists
-        if scores_finite.all() and result.values.isfinite().all():
+        broken_scores = result.exists & ~result.scores.isfinite()
+        # One value that isn't finite makes the sum so, and a sum needs no room.
+        if result.values.sum().isfinite() and not broken_scores.any():
             return
-        broken = [unit.name for unit in self._units.values() if not _finite_state(unit.module)]
+        suspects = [unit.name for unit in self._units.values() if not _finite_state(unit.module)]
         # Backward, what is broken spreads from the logits to the image: the last unit is the nearest to the cause.
         for segment in reversed(self.layout.segments):
             parts = result.values[:, segment.offset + segment.input_values : segment.stop]
-            bad = ~parts.unflatten(1, (self.layout.classes, -1)).isfinite().all(dim=2)
-            if bad.any():
-                position, column = bad.nonzero()[0].tolist()
-                raise NonFiniteGradientError(position, column + 1, *broken[:1] or [segment.unit])
-        position, column = (~scores_finite).nonzero()[0].tolist()
-        raise NonFiniteGradientError(position, column + 1, *broken[:1] or [self.layout.segments[-1].unit])
+            broken = ~parts.unflatten(1, (self.layout.classes, -1)).isfinite().all(dim=2)
+            if broken.any():
+                position, column = broken.nonzero()[0].tolist()
+                raise NonFiniteGradientError(position, column + 1, *suspects[:1] or [segment.unit])
+        for position, column in broken_scores.nonzero().tolist():
+            raise NonFiniteGradientError(position, column + 1, *suspects[:1] or [self.layout.segments[-1].unit])
 
     def check(
         self,
@@ -230,7 +232,7 @@ class RegionDifferentiator:
     def _plain_gradients(self, image: Tensor, labels: Tensor, masks: Tensor) -> Float[Tensor, "class column"]:
         with exact_arithmetic(), trainable(self._parameters.values()):
             logits = self._model(image.to(self._like).clone())
-            scores = region_scores(logits, labels.to(logits.device), masks.to(logits.device))[0]
+            scores = region_scores(logits, labels.to(logits.device).clone(), masks.to(logits.device).clone())[0]
             rows = [flat_gradients(score, self._parameters.values(), retain_graph=True) for score in scores]
         return torch.stack(rows)
 
@@ -353,8 +355,7 @@ def _formula(segment: Segment, call: Call, output_gradient: Tensor, slices: int)
         return affine_gradients(call.unit, inputs, output_gradient, slices)
     if segment.kind == "linear":
         inputs, output_gradient = (part.reshape(slices, -1, part.shape[-1]) for part in (inputs, output_gradient))
-    chunks = multiply_factors(segment, inputs, output_gradient.unsqueeze(1), columns=segment.columns)
-    return torch.cat(list(chunks), dim=2)[:, 0]
+    return unit_gradients(segment, inputs, output_gradient)
 
 
 def _relative(difference: Float[Tensor, "class column"], scale: Float[Tensor, " class"]) -> float:

@@ -87,7 +87,7 @@ def without_absent(
     return torch.where(both, kernel, torch.nan)
 
 
-def train_columns(kernel: Float[Tensor, "class query class train"]) -> Float[Tensor, "class query class*train"]:
+def train_columns(kernel: Float[Tensor, "class query class train"]) -> Float[Tensor, "class query column"]:
     """The kernel with one axis of train regions: (j, z) is column ``(j − 1) · n + position of z`` of n train slices.
 
     The kernel must hold all train slices.

@@ -17,21 +17,24 @@ where they are stored, or what they are multiplied with.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from ray_tracin.vocabulary import ranges
 
 WINDOW_VALUES = 1 << 22
 """Values of unfolded windows to hold at a time. Beyond the caches, unfolding more slices at once is slower."""
+
+_WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 Kind = Literal["convolution", "transposed convolution", "linear", "affine", "other"]
 """What a unit is; ``affine`` scales and shifts (normalisations, PReLU), ``other`` is differentiated by running it."""
@@ -128,8 +131,8 @@ class Layout:
         """The layout as text that `from_json` reads."""
         return _LAYOUTS.dump_json(self).decode()
 
-    @classmethod
-    def from_json(cls, text: str) -> Self:
+    @staticmethod
+    def from_json(text: str) -> "Layout":
         """The layout that `to_json` wrote.
 
         Raises:
@@ -137,10 +140,9 @@ class Layout:
 
         """
         try:
-            layout: Self = _LAYOUTS.validate_json(text)  # type: ignore[assignment]
+            return _LAYOUTS.validate_json(text)
         except ValidationError as error:
             raise ValueError(f"expected the layout of packed gradients as JSON, got something else: {error}") from None
-        return layout
 
 
 _LAYOUTS = TypeAdapter(Layout)
@@ -210,6 +212,52 @@ def multiply_factors(
             yield from _correlate(geometry, output_gradients, inputs.unsqueeze(1), columns)
 
 
+def unit_gradients(
+    segment: Segment, inputs: Float[Tensor, "slice *read"], output_gradients: Float[Tensor, "slice *written"]
+) -> Float[Tensor, "slice column"]:
+    """The gradients of a unit for one class: what `multiply_factors` gives, whole.
+
+    Where positions are many, PyTorch's own kernels, a slice at a time, beat unfolding, and need no room for windows.
+    """
+    assert segment.geometry is not None, f"{segment.unit} has no geometry"
+    read, written = inputs, output_gradients
+    windows, points = (written, read) if segment.kind == "transposed convolution" else (read, written)
+    if not _torch_correlates(segment.geometry, windows.shape[2:], points.shape[2:]):
+        chunks = multiply_factors(segment, read, written.unsqueeze(1), columns=segment.columns)
+        return torch.cat(list(chunks), dim=2)[:, 0]
+    parts = []
+    for name, shape in zip(segment.parameters, segment.shapes, strict=True):
+        if name.endswith("bias"):
+            parts.append(written.flatten(2).sum(2))
+        else:
+            parts.append(_torch_correlate(segment.geometry, shape, windows, points))
+    return torch.cat(parts, dim=1)
+
+
+def _torch_correlates(geometry: Geometry, space: Shape, positions: Shape) -> bool:
+    """Whether PyTorch has this as a convolution: padded alike on both sides, with no position to spare."""
+    axes = zip(geometry.kernel, geometry.stride, geometry.dilation, geometry.padding, space, positions, strict=False)
+    return math.prod(geometry.kernel) > 1 and all(
+        before == after and (length + 2 * before - step * (size - 1) - 1) // stride + 1 == count
+        for size, stride, step, (before, after), length, count in axes
+    )
+
+
+def _torch_correlate(
+    geometry: Geometry,
+    shape: Shape,
+    windows: Float[Tensor, "slice windowed *space"],
+    points: Float[Tensor, "slice pointed *positions"],
+) -> Float[Tensor, "slice column"]:
+    correlate = _WEIGHT_GRADIENTS[len(geometry.kernel)]
+    padding = tuple(before for before, _ in geometry.padding)
+    rows = [
+        correlate(window, shape, point, geometry.stride, padding, geometry.dilation, geometry.groups).flatten()
+        for window, point in zip(windows.split(1), points.split(1), strict=True)
+    ]
+    return torch.stack(rows)
+
+
 def _parts(whole: Float[Tensor, "slice class column"], columns: int) -> Iterator[Float[Tensor, "slice class part"]]:
     return (whole[:, :, start:stop] for start, stop in ranges(whole.shape[2], columns))
 
@@ -274,11 +322,12 @@ def _scaled(strides: Shape, steps: Shape) -> Shape:
 def differentiate_bytes(layout: Layout, slices: int, *, itemsize: int = 4) -> int:
     """About how many bytes it takes to differentiate a batch of slices, the network's weights left out.
 
-    Packed rows, what the backward pass keeps, twice the largest input and output gradient on their way, and windows.
+    Packed rows, what the backward pass keeps, the units' inputs, and twice the largest factors, on their way.
     """
     widest = max((math.prod(s.input_shape) + math.prod(s.output_shape) for s in layout.segments), default=0)
-    row = itemsize * (layout.values + 2 * widest) + layout.activation_bytes
-    return slices * row + itemsize * _window_values(layout)
+    inputs = sum(math.prod(s.input_shape) for s in layout.segments if s.form == "gradient")
+    row = itemsize * (layout.values + inputs + 2 * widest) + layout.activation_bytes
+    return slices * row
 
 
 def expand_bytes(layout: Layout, slices: int, *, columns: int, stored_itemsize: int = 4) -> int:
@@ -297,12 +346,12 @@ def _smallest_chunk(segment: Segment) -> int:
 
 def _window_values(layout: Layout) -> int:
     """Values of windows at a time: the budget, or all channels of one slice if that is more."""
-    return max(WINDOW_VALUES, *(_slice_windows(segment, layout.classes) for segment in layout.segments), 0)
+    sizes = (_slice_windows(segment, layout.classes) for segment in layout.segments if segment.form == "factors")
+    return max(WINDOW_VALUES, *sizes, 0)
 
 
 def _slice_windows(segment: Segment, classes: int) -> int:
-    if segment.geometry is None:
-        return 0
+    assert segment.geometry is not None, f"{segment.unit} has factors but no geometry"
     kernel = math.prod(segment.geometry.kernel)
     if segment.kind == "transposed convolution":
         return classes * segment.output_shape[0] * kernel * math.prod(segment.input_shape[1:])

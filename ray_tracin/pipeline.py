@@ -11,7 +11,8 @@ from typing import Any
 from ray_tracin import store as paths
 from ray_tracin.assembly import AssembleStripes, ExportInfluence, TabulateSelfInfluence
 from ray_tracin.attribution import ComputeTiles, Differentiate
-from ray_tracin.learning import MapRegions, TabulateCheckpoints, TabulateRegions, Train
+from ray_tracin.learning import TabulateCheckpoints, Train, drop_states
+from ray_tracin.mapping import MapRegions, TabulateRegions
 from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices
 from ray_tracin.runs import Run
 from ray_tracin.stages import LAYOUT, Executor, Listener, Stage, complete, sound_receipts
@@ -64,7 +65,9 @@ def _complete(stage: Stage[Any]) -> bool:
 
 
 def _train(run: Run, executors: Executors, listen: Listener) -> None:
-    for stage in (Train(run), TabulateCheckpoints(run), MapRegions(run), TabulateRegions(run)):
+    complete(Train(run), executors.pool, listen)
+    drop_states(run, before=run.config.training.epochs + 1)  # Nothing will go on from them.
+    for stage in (TabulateCheckpoints(run), MapRegions(run), TabulateRegions(run)):
         complete(stage, executors.pool, listen)
 
 
@@ -174,6 +177,11 @@ def _stage_names(run: Run) -> list[str]:
 
 
 def _foreign(run: Run, receipts: list[Receipt]) -> list[str]:
+    source = f"{run.config.data.root}/".removeprefix(f"{run.uri}/")  # the demo keeps its patients inside the run
     known = {file.path for receipt in receipts for file in receipt.files}
     known |= {paths.CONFIG, paths.VERSIONS, *(receipt.path for receipt in receipts)}
-    return [f"{path}: belongs to no finished key" for path in sorted(run.store.objects.sizes()) if path not in known]
+    return [
+        f"{path}: belongs to no finished key"
+        for path in sorted(run.store.objects.sizes())
+        if not (path in known or path.startswith(source))
+    ]

@@ -253,5 +253,5 @@ def _free_bytes(uri: str | None) -> int | None:
     )
 
 
-def _gib(size: float) -> str:
+def _gib(size: int | float) -> str:
     return f"{size / GIB:.2f} GiB"

@@ -66,6 +66,7 @@ class Index(Stage[str]):
     """Number the slices, settle what the labels mean and who is in which split, and create the arrays."""
 
     name: ClassVar[str] = "index"
+    light: ClassVar[bool] = True
 
     def keys(self) -> Sequence[str]:
         """One key: rows are numbered all at once."""
@@ -149,6 +150,7 @@ class TabulateSlices(Stage[str]):
     """Write ``slices.parquet``, one row a slice."""
 
     name: ClassVar[str] = "slices"
+    light: ClassVar[bool] = True
 
     def keys(self) -> Sequence[str]:
         """One key: the table is written whole."""

@@ -26,6 +26,8 @@ from ray_tracin.store import Array, RunStore
 from ray_tracin.unet import build_unet
 from ray_tracin.vocabulary import QUERY_SETS, QuerySet, checkpoint_name
 
+FINAL = "final"
+"""The network after the last epoch."""
 PACKAGES = ("ray_tracin", "torch", "numpy", "zarr", "ray", "monai", "nibabel", "pyarrow")
 
 
@@ -143,6 +145,18 @@ class Run:
         """A table by its name: ``slices``, ``regions``, ``checkpoints``, ``skipped``, or one of ``tables/``."""
         top = {"slices", "regions", "checkpoints", "skipped"}
         return self.store.read_table(f"{name}.parquet" if name in top else f"tables/{name}.parquet")
+
+
+def pick_device(run: Run) -> torch.device:
+    """The device that ``resources.device`` names; ``auto`` is a GPU where there is one.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    wanted = run.config.resources.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("resources.device is cuda, and this process sees no GPU: use auto or cpu, or a GPU node")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def open_run(uri: str | Path) -> Run:

@@ -17,7 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, no_type_check
 
@@ -44,11 +44,15 @@ SHOWN_FAILURES = 5
 def cluster(address: str | None = None, cpus: int | None = None) -> Iterator[str]:
     """A connection to Ray: the cluster that ``address`` or RAY_ADDRESS names, else one embedded in this process.
 
-    Yields ``"cluster"`` or ``"embedded"``. An embedded one is stopped at the end.
+    Yields ``"cluster"`` or ``"embedded"``, whose connection or processes end with the context, or ``"joined"`` where
+    this process is connected already.
 
     Raises:
         ConnectionError: there is no cluster at the address.
     """
+    if ray.is_initialized():
+        yield "joined"
+        return
     wanted = address or os.environ.get("RAY_ADDRESS")
     embedded = wanted in (None, "", "local")
     if embedded:
@@ -76,14 +80,11 @@ def _embedded_options(cpus: int | None) -> dict[str, Any]:
 
 
 class PoolWorker:
-    """A `StageWorker` in a process of its own; wrapped into an actor where it is used."""
+    """A process that does keys of one stage after another; wrapped into an actor where it is used."""
 
-    def __init__(self, stage: Stage[Any]) -> None:
-        self._stage = stage
-
-    def ready(self) -> int:
-        """Build the worker; the process id. Not done on creation: Ray reports an error there without its cause."""
-        self._worker = StageWorker(self._stage)
+    def open(self, stage: Stage[Any]) -> int:
+        """Get ready for a stage; the process id. Not done on creation: Ray would report an error without its cause."""
+        self._worker = StageWorker(stage)
         return os.getpid()
 
     def do(self, key: Any) -> float:
@@ -91,17 +92,42 @@ class PoolWorker:
         return self._worker.do(key).seconds
 
 
-def execute_on_ray(stage: Stage[Any], keys: Sequence[Any], report: Callable[[Any], None]) -> None:
+class RayExecutor:
     """The executor that does keys in Ray: a pool of actors, or one task where keys depend on each other.
 
-    Raises:
-        StageError: some keys failed; all others were done.
+    Actors stay for the next stage that wants the same resources: starting one takes seconds.
     """
-    if stage.sequential:
-        _execute_in_order(stage, keys, report)
-    else:
-        with Pool(stage, len(keys)) as pool:
-            pool.execute(keys, report)
+
+    def __init__(self) -> None:
+        self._pool: Pool | None = None
+
+    def __enter__(self) -> "RayExecutor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __call__(self, stage: Stage[Any], keys: Sequence[Any], report: Callable[[Any], None]) -> None:
+        """Do the keys.
+
+        Raises:
+            StageError: some keys failed; all others were done.
+        """
+        if stage.sequential:
+            self.close()
+            _execute_in_order(stage, keys, report)
+            return
+        options = _resource_options(stage, float(stage.run.config.resources.threads))
+        if self._pool is None or self._pool.options != options:
+            self.close()
+            self._pool = Pool(options)
+        self._pool.execute(stage, keys, report)
+
+    def close(self) -> None:
+        """End the actors, so that what they hold is free for others."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
 
 def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Callable[[Any], None]) -> None:
@@ -151,39 +177,26 @@ class _Flight:
     started: float
 
 
-@dataclass
 class Pool:
-    """Actors that do the keys of one stage."""
+    """Actors of one size that do the keys of a stage at a time."""
 
-    stage: Stage[Any]
-    most: int
-    _actors: list[Any] = field(default_factory=list)
-    _free: Counter[int] = field(default_factory=Counter)
-    _booting: dict[Any, int] = field(default_factory=dict)
-    _flights: dict[Any, _Flight] = field(default_factory=dict)
-    _seconds: list[float] = field(default_factory=list)
-    _boot_failures: int = 0
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self._actors: list[Any] = []
 
-    def __enter__(self) -> "Pool":
-        resources = self.stage.run.config.resources
-        options = _resource_options(self.stage, float(resources.threads))
-        worker = ray.remote(max_restarts=-1, max_task_retries=0, **options)(PoolWorker)
-        count = min(resources.workers or _room_for(options), self.most)
-        self._actors = [worker.remote(self.stage) for _ in range(count)]
-        for index, actor in enumerate(self._actors):
-            self._booting[actor.ready.remote()] = index
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the actors."""
         for actor in self._actors:
             ray.kill(actor)
+        self._actors = []
 
-    def execute(self, keys: Sequence[Any], report: Callable[[Any], None]) -> None:
-        """Do every key.
+    def execute(self, stage: Stage[Any], keys: Sequence[Any], report: Callable[[Any], None]) -> None:
+        """Do every key of the stage.
 
         Raises:
             StageError: some keys failed; all others were done.
         """
+        self._begin(stage, len(keys))
         waiting, unfinished, tries = deque(keys), set(keys), Counter[Any]()
         failures: dict[Any, BaseException] = {}
         while unfinished - failures.keys():
@@ -204,8 +217,26 @@ class Pool:
                     else:
                         waiting.append(key)
             waiting.extend(key for key in self._overdue() if key in unfinished)
+        self._end()
         if failures:
-            raise stage_error(self.stage, failures, len(keys))
+            raise stage_error(stage, failures, len(keys))
+
+    def _begin(self, stage: Stage[Any], keys: int) -> None:
+        worker = ray.remote(max_restarts=-1, max_task_retries=0, **self.options)(PoolWorker)
+        count = min(stage.run.config.resources.workers or _room_for(self.options), keys)
+        self._actors += [worker.remote() for _ in range(count - len(self._actors))]
+        self._stage = stage
+        self._free: Counter[int] = Counter()
+        self._booting = {actor.open.remote(stage): index for index, actor in enumerate(self._actors[:count])}
+        self._flights: dict[Any, _Flight] = {}
+        self._seconds: list[float] = []
+        self._boot_failures = 0
+        self._hung: set[int] = set()
+
+    def _end(self) -> None:
+        """A worker that still hangs in a key would hold up the next stage."""
+        for index in sorted(self._hung, reverse=True):
+            ray.kill(self._actors.pop(index))
 
     def _dispatch(self, waiting: deque[Any]) -> None:
         # Round robin, so that the last keys spread over the workers.
@@ -243,11 +274,11 @@ class Pool:
         try:
             ray.get(reference)
         except RayTaskError as error:
-            raise stage_error(self.stage, {"opening a worker": cause_of(error)}, self.most) from error
+            raise stage_error(self._stage, {"opening a worker": cause_of(error)}, 1) from error
         except RayActorError as error:
             self._boot_failures += 1
             if self._boot_failures >= TRIES * len(self._actors):
-                raise stage_error(self.stage, {"starting a worker": error}, self.most) from error
+                raise stage_error(self._stage, {"starting a worker": error}, 1) from error
             self._reboot(index)
         else:
             self._free[index] = IN_FLIGHT_PER_WORKER
@@ -256,15 +287,17 @@ class Pool:
         """The worker's process is gone; Ray starts another, which gets work once it is ready."""
         self._free[index] = 0
         if index not in self._booting.values():
-            self._booting[self._actors[index].ready.remote()] = index
+            self._booting[self._actors[index].open.remote(self._stage)] = index
 
     def _overdue(self) -> list[Any]:
         """Keys whose lease ran out, to be given to another worker; the first may still finish, and both agree."""
-        lease = self.stage.run.config.resources.lease_seconds
+        lease = self._stage.run.config.resources.lease_seconds
         if self._seconds:
             lease = max(lease, SLOWER_THAN_MEDIAN * statistics.median(self._seconds))
         late = [ref for ref, flight in self._flights.items() if time.monotonic() - flight.started > lease]
-        return [self._flights.pop(reference).key for reference in late]
+        flights = [self._flights.pop(reference) for reference in late]
+        self._hung |= {flight.worker for flight in flights}
+        return [flight.key for flight in flights]
 
 
 def _room_for(options: dict[str, Any]) -> int:

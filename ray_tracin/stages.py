@@ -50,6 +50,8 @@ class Stage(ABC, Generic[Key]):
     uses_gpu: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
     """Keys depend on the ones before them: one process does them in order."""
+    light: ClassVar[bool] = False
+    """The work is over sooner than a worker has started: the calling process does it."""
 
     @abstractmethod
     def keys(self) -> Sequence[Key]:
@@ -138,7 +140,7 @@ def complete(stage: Stage[Any], execute: Executor, listen: Listener) -> None:
             done += 1
             listen(Event(stage.name, "done", done, total, str(key)))
 
-        execute(stage, pending, report)
+        (execute_serially if stage.light else execute)(stage, pending, report)
     listen(Event(stage.name, "end", done, total, detail=f"{len(pending)} computed"))
 
 

@@ -24,6 +24,9 @@ HEAD = "head"
 GROUPS = 8
 """Groups of GroupNorm; a level whose channels 8 doesn't divide takes the greatest common divisor."""
 
+BACKGROUND_BIAS = 3.0
+"""Initial bias of the head for the background; the biases of the classes are 0."""
+
 Norm = Literal["batch", "instance", "group", "none"]
 
 
@@ -113,6 +116,10 @@ def _normalisation(norm: Norm, channels: int) -> nn.Module:
 def build_unet(config: ModelConfig, modalities: int, classes: int, seed: int) -> UNet:
     """A UNet on the CPU with He-normal convolutions and zero biases (He et al. 2015, arXiv 1502.01852).
 
+    One bias is not 0: every pixel starts as probable background (a softmax of 0.87 where the other logits are 0). A
+    loss that leaves the background out can't tell its channel from a class's, and where a class starts as the more
+    probable one it takes the background's place: it is predicted everywhere, and its Dice stays near 0 for good.
+
     The weights are a function of the arguments alone: the global random state is neither read nor changed.
     """
     # On the meta device the default initialisation draws no random number.
@@ -133,6 +140,9 @@ def _initialise(model: UNet, generator: torch.Generator) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d | nn.InstanceNorm2d | nn.GroupNorm):
             module.reset_parameters()
+    assert model.head.bias is not None
+    with torch.no_grad():
+        model.head.bias[0] = BACKGROUND_BIAS
 
 
 def last_hidden_maps(

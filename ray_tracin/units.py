@@ -106,7 +106,9 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             the batch: the gradient of a slice would depend on which others are in its batch.
 
     """
-    own = copy.deepcopy(model).eval().requires_grad_(False)
+    # A copy that is made in inference mode could never be differentiated.
+    with torch.inference_mode(False):
+        own = copy.deepcopy(model).eval().requires_grad_(False)
     mixing = []
     for name, module in own.named_modules():
         if getattr(module, "inplace", False) is True:
@@ -115,8 +117,8 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             mixing.append(name)
     if mixing:
         raise ValueError(
-            "expected slices that don't influence each other, got batch normalisations with "
-            f"track_running_stats=False: {', '.join(mixing)}. Use running statistics, or instance or group normalisation"
+            f"expected slices that don't influence each other, got track_running_stats=False in {', '.join(mixing)}: "
+            "use running statistics, or instance or group normalisation"
         )
     return own
 

@@ -2,9 +2,8 @@
 
 The one idea: after `load_volume` every examination has the same axes, ``i`` toward the left, ``j`` toward the back and
 ``k`` toward the top of the patient (LPS), so that ``volume[:, :, k].T`` is an axial slice in the radiological
-convention: row 0 is anterior, column 0 is the patient's right. Whatever can't be read is a `VolumeError` of one line.
-Which files form an examination is the business of `folders`; this module knows no run, no table and no patient list
-but in `split_patients`.
+convention: row 0 is anterior, column 0 is the patient's right. Whatever can't be used is a `VolumeError` of one line.
+Which files form an examination is the business of `folders`, their bytes that of `nifti`; this module knows no run.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -224,18 +223,20 @@ def split_patients(patients: Sequence[str], split: SplitConfig, seed: int) -> di
 
     """
     names = sorted(set(patients))
-    held_out = {part: _share(len(names), getattr(split, part)) for part in ("validation", "test")}
-    needed = 1 + sum(count > 0 for count in held_out.values())
-    if len(names) < needed or sum(held_out.values()) >= len(names):
+    shares = (split.validation, split.test)
+    validation, test = (max(1, round(len(names) * share)) if share > 0 else 0 for share in shares)
+    needed = 1 + (validation > 0) + (test > 0)
+    if len(names) < needed:
         raise ValueError(
             f"expected at least {needed} patients to split by split.validation {split.validation} and split.test "
             f"{split.test} and still train, found {len(names)}: add patients or lower the shares"
         )
-    shuffled = [names[n] for n in np.random.default_rng(seed % 2**63).permutation(len(names))]
-    validation, test = held_out["validation"], held_out["test"]
+    while validation + test >= len(names):  # both were rounded up
+        validation, test = (validation - 1, test) if validation > test else (validation, test - 1)
+    places = np.random.default_rng(seed % 2**63).permutation(len(names))
     return {
-        name: "validation" if n < validation else "test" if n < validation + test else "train"
-        for n, name in sorted(enumerate(shuffled), key=lambda pair: pair[1])
+        name: "validation" if place < validation else "test" if place < validation + test else "train"
+        for name, place in zip(names, places, strict=True)
     }
 
 
@@ -332,7 +333,7 @@ def _crop(
             "set data.crop_start null or another data.size"
         )
     for axis, extent in ((-2, rows), (-1, columns)):
-        planes = _crop_axis(planes, axis, (extent - size) // 2 if first is None else first, size)
+        planes = _crop_axis(planes, axis, int((extent - size) / 2) if first is None else first, size)
     return planes
 
 
@@ -391,10 +392,3 @@ def _class_ids(labels: Labels, scheme: LabelScheme, case: str) -> UInt8[np.ndarr
     for class_id, value in enumerate(scheme.classes, start=1):
         ids[labels == value] = class_id
     return ids
-
-
-# Splits
-
-
-def _share(patients: int, share: float) -> int:
-    return max(1, round(patients * share)) if share > 0 else 0

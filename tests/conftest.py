@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ray_tracin.phantom import write_patients
+from ray_tracin.pipeline import Executors, run_to
+from ray_tracin.runs import Run, start_run
+from ray_tracin.stages import execute_serially
+
 torch.set_num_threads(1)
 
 
@@ -20,11 +25,30 @@ def local_cluster() -> Iterator[str]:
         yield kind
 
 
+TINY = [
+    "data.size=32",
+    "data.slices.count=4",
+    "model={width: 4, depth: 3}",
+    "training={epochs: 8, adam_epochs: 6, batch_size: 4, adam_learning_rate: 0.02}",
+    "regions.threshold=0.5",
+    "gradients.shard_slices=4",
+    "influence={checkpoints: 2, tile_slices: 8}",
+    "resources={workers: 2, training_threads: 1}",
+]
+"""Settings of a run that takes seconds, in which nothing divides evenly, and in which one class is never predicted."""
+
+
 @pytest.fixture(scope="session")
 def patients(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six synthetic patients on a coarse grid, in the layout of BraTS 2019."""
-    from ray_tracin.phantom import write_patients
-
     folder = tmp_path_factory.mktemp("patients")
     write_patients(folder, 6, edition="2019", seed=1, spacing=6.0, anatomy="analytic")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(patients: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run, made by one process without a cluster."""
+    run = start_run(tmp_path_factory.mktemp("tiny") / "run", preset="demo", overrides=[*TINY, f"data.root={patients}"])
+    run_to(run, "export", Executors(execute_serially, execute_serially), lambda event: None)
+    return run

@@ -13,7 +13,7 @@ import pytest
 
 from ray_tracin.config import build_config
 from ray_tracin.runs import Run, start_run
-from ray_tracin.runtime import execute_on_ray
+from ray_tracin.runtime import RayExecutor
 from ray_tracin.stages import Event, Executor, Result, Stage, StageError, complete, done_receipts, execute_serially
 from ray_tracin.vocabulary import SliceRange
 
@@ -85,6 +85,11 @@ def _complete(stage: Stage[Any], execute: Executor) -> list[Event]:
     return events
 
 
+def _complete_on_ray(stage: Stage[Any]) -> list[Event]:
+    with RayExecutor() as execute:
+        return _complete(stage, execute)
+
+
 EXPECTED = np.arange(12, dtype=np.float32) ** 2
 
 
@@ -129,7 +134,7 @@ def test_receipts_of_another_configuration_do_not_count(run: Run, attempts: Path
 @pytest.mark.ray
 def test_the_pool_does_every_key_and_survives_what_happens(local_cluster: str, run: Run, attempts: Path) -> None:
     stage = Square(run, attempts, {2: "once", 6: "killed once"})
-    events = _complete(stage, execute_on_ray)
+    events = _complete_on_ray(stage)
     assert events[-1].done == events[-1].total == 6
     assert np.array_equal(run.store.read(ARRAY), EXPECTED)
     assert stage.tries(2) == 2
@@ -143,7 +148,7 @@ def test_a_hung_key_goes_to_another_worker(local_cluster: str, run: Run, attempt
     hasty = Run(run.store, build_config("demo", None, ["resources.lease_seconds=3"]))
     stage = Square(hasty, attempts, {4: "hangs once"})
     started = time.monotonic()
-    _complete(stage, execute_on_ray)
+    _complete_on_ray(stage)
     assert np.array_equal(run.store.read(ARRAY), EXPECTED)
     assert stage.tries(4) == 2
     assert time.monotonic() - started < 40
@@ -155,7 +160,7 @@ def test_failed_keys_are_listed_with_their_reasons_and_the_others_done(
 ) -> None:
     stage = Square(run, attempts, {0: "value", 8: "always"})
     with pytest.raises(StageError) as caught:
-        _complete(stage, execute_on_ray)
+        _complete_on_ray(stage)
     message = str(caught.value)
     assert message.startswith("stage square: 2 of 6 keys failed, the others are done and kept:")
     assert "000000-000002: expected a number that can be squared" in message
@@ -169,7 +174,7 @@ def test_keys_in_order_go_on_in_one_task_and_after_a_kill_in_another(
     local_cluster: str, run: Run, attempts: Path
 ) -> None:
     stage = Chain(run, attempts, {6: "killed once"})
-    events = _complete(stage, execute_on_ray)
+    events = _complete_on_ray(stage)
     done = [event.key for event in events if event.kind == "done"]
     assert done == [str(SliceRange(start, start + 2)) for start in range(0, 12, 2)]
     assert [stage.tries(start) for start in range(0, 12, 2)] == [1, 1, 1, 2, 1, 1]

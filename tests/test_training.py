@@ -267,7 +267,7 @@ def changed(**settings) -> TrainingConfig:
 def easy_trainer(config: TrainingConfig = FAST, validation: int = 4, seed: int = 1, **placement) -> Trainer:
     images, labels = easy_slices()
     return Trainer(
-        build_unet(ModelConfig(width=4, depth=2), 1, 2, seed=0),
+        build_unet(ModelConfig(width=8, depth=2), 1, 2, seed=0),
         images,
         labels,
         train=range(8),
@@ -376,7 +376,7 @@ class TestTrainer:
         config = changed(adam_epochs=0, batch_size=4, momentum=0.5, augmentation=NO_AUGMENTATION)
         trainer = easy_trainer(config)
         images, labels = (torch.from_numpy(array) for array in easy_slices())
-        model = build_unet(ModelConfig(width=4, depth=2), 1, 2, seed=0)
+        model = build_unet(ModelConfig(width=8, depth=2), 1, 2, seed=0)
         model.train()
         velocity = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
         for epoch in (1, 2):
@@ -404,7 +404,7 @@ class TestTrainer:
     def test_evaluation_is_on_clean_slices_in_eval_mode(self):
         trainer = easy_trainer(changed(augmentation=only(crop=1, mirror=1)))
         record = trainer.train_epoch()
-        model = build_unet(ModelConfig(width=4, depth=2), 1, 2, seed=0)
+        model = build_unet(ModelConfig(width=8, depth=2), 1, 2, seed=0)
         model.load_state_dict(trainer.weights())
         images, labels = (torch.from_numpy(array) for array in easy_slices())
         with torch.no_grad():
@@ -448,7 +448,7 @@ class TestTrainer:
         labels[3] = 255
         with pytest.raises(AssertionError, match="labels are 0 to 2, got 255: are these slices labelled"):
             Trainer(
-                build_unet(ModelConfig(width=4, depth=2), 1, 2, seed=0),
+                build_unet(ModelConfig(width=8, depth=2), 1, 2, seed=0),
                 images,
                 labels,
                 train=[0, 3],

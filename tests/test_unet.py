@@ -89,7 +89,12 @@ class TestInitialisation:
         up = model.decoder[0].upsample.weight
         assert float(up.detach().std()) == pytest.approx((1 / 64) ** 0.5, rel=0.03)
         convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-        assert all(bool((convolution.bias == 0).all()) for convolution in convolutions)
+        assert all(bool((layer.bias == 0).all()) for layer in convolutions if layer is not model.head)
+
+    def test_every_pixel_starts_as_background_rather_than_as_a_class(self):
+        head = build_unet(SMALL, 4, 3, seed=0).head
+        assert head.bias.tolist() == [3, 0, 0, 0]
+        assert float(head.bias.detach().softmax(0)[0]) == pytest.approx(0.87, abs=0.005)
 
     def test_batch_norm_starts_as_pytorch_starts_it(self):
         built = build_unet(SMALL, 1, 1, seed=0).encoder[1].norm1.state_dict()

@@ -1,0 +1,304 @@
+"""The command line as a user meets it: where the result is, and one clear message for every way to get it wrong."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import TINY
+from typer.testing import CliRunner, Result
+
+from ray_tracin.cli import app
+from ray_tracin.runs import Run, open_run
+from ray_tracin.store import RunStore
+
+ROOT = Path(__file__).parents[1]
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+def settings(*extra: str) -> list[str]:
+    return [argument for value in (*TINY, *extra) for argument in ("--set", value)]
+
+
+def prepare(root: Path, run: Path, *extra: str) -> Result:
+    return invoke("prepare", "--run", str(run), "--preset", "demo", *settings(f"data.root={root}", *extra))
+
+
+@pytest.fixture
+def own_patients(patients: Path, tmp_path: Path) -> Path:
+    """Patients that a test may damage."""
+    return Path(shutil.copytree(patients, tmp_path / "patients"))
+
+
+def case_files(root: Path, number: int) -> dict[str, Path]:
+    case = sorted((root / "HGG").iterdir())[number]
+    return {path.name.removeprefix(f"{case.name}_").removesuffix(".nii.gz"): path for path in case.iterdir()}
+
+
+# Wrong usage and configuration: exit code 2, before anything starts.
+
+
+def test_a_run_needs_a_configuration(tmp_path: Path) -> None:
+    done = invoke("run", "--run", str(tmp_path / "run"))
+    assert done.exit_code == 2
+    assert "give --config FILE or --preset demo|paper" in done.stderr
+
+
+def test_an_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
+    done = invoke("run", "--run", str(tmp_path / "run"), "--preset", "demo", "--set", "training.lr=1")
+    assert done.exit_code == 2
+    assert "unknown setting 'training.lr'; known here: adam_epochs, adam_learning_rate" in done.stderr
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
+def test_another_configuration_for_a_run_that_exists(tiny_run: Run) -> None:
+    done = invoke("run", "--run", tiny_run.uri, "--set", "model.width=8")
+    assert done.exit_code == 2
+    assert re.search(r"has another configuration[\s\S]*model\.width: 4 → 8", done.stderr)
+
+
+def test_commands_that_read_a_run_need_one(tmp_path: Path) -> None:
+    for command in (["status"], ["verify"], ["explain", "--patient", "x", "--index", "1", "--class", "ED"]):
+        done = invoke(*command, "--run", str(tmp_path / "none"))
+        assert done.exit_code == 2
+        assert "no run at" in done.stderr
+
+
+# Bad data: one message, nothing lost.
+
+
+@pytest.mark.ray
+class TestBadData:
+    @pytest.fixture(autouse=True)
+    def _cluster(self, local_cluster: str) -> None:
+        pass
+
+    @pytest.mark.parametrize(
+        ("what", "message"),
+        [
+            ("nothing", r"no such|does not exist|not found|expected"),
+            ("empty folder", r"empty|no case|no patient"),
+            ("no segmentations", r"segmentation"),
+        ],
+    )
+    def test_a_root_without_usable_patients(self, own_patients: Path, tmp_path: Path, what: str, message: str) -> None:
+        root = own_patients
+        if what == "nothing":
+            root = tmp_path / "missing"
+        elif what == "empty folder":
+            root = tmp_path / "empty"
+            root.mkdir()
+        else:
+            for path in root.glob("HGG/*/*_seg.nii.gz"):
+                path.unlink()
+        done = prepare(root, tmp_path / "run")
+        assert done.exit_code in (1, 2)
+        assert re.search(message, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert str(root) in done.stderr
+
+    def test_broken_cases_are_skipped_with_their_reasons(self, own_patients: Path, tmp_path: Path) -> None:
+        case_files(own_patients, 0)["t2"].unlink()
+        cut_short = case_files(own_patients, 1)["flair"]
+        cut_short.write_bytes(cut_short.read_bytes()[:-200])
+        other = case_files(own_patients, 2)["t1"]
+        image = nibabel.load(other)
+        nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj)[:-1], image.affine), other)
+        done = prepare(own_patients, tmp_path / "run")
+        assert done.exit_code == 0, done.stderr
+        skipped = open_run(tmp_path / "run").table("skipped").set_index("case")["reason"]
+        names = sorted(path.name for path in (own_patients / "HGG").iterdir())
+        assert list(skipped.index) == names[:3]
+        assert "t2" in skipped.iloc[0]
+        assert "flair" in skipped.iloc[1]
+        assert "shape" in skipped.iloc[2]
+        assert len(open_run(tmp_path / "run").slices) == 3 * 4
+        assert "3 cases were skipped" in done.stdout
+        strict = prepare(own_patients, tmp_path / "strict", "data.strict=true")
+        assert strict.exit_code == 1
+        assert names[0] in strict.stderr
+
+    @pytest.mark.parametrize(("value", "message"), [(7, "7"), (3, "resection cavity")])
+    def test_labels_that_no_scheme_has(self, own_patients: Path, tmp_path: Path, value: int, message: str) -> None:
+        seg = case_files(own_patients, 3)["seg"]
+        image = nibabel.load(seg)
+        labels = np.asarray(image.dataobj).copy()
+        labels[labels == 2] = value
+        nibabel.save(nibabel.Nifti1Image(labels, image.affine), seg)
+        done = prepare(own_patients, tmp_path / "run")
+        assert done.exit_code == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_a_full_disk_keeps_what_was_computed(self, patients: Path, tmp_path: Path) -> None:
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        size = "size=700k"
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], capture_output=True).returncode:
+            pytest.skip("mounting a small file system needs root")
+        try:
+            done = invoke(
+                "influence", "--run", str(disk / "run"), "--preset", "demo", *settings(f"data.root={patients}")
+            )
+            assert done.exit_code == 1
+            assert "no space left on the device" in done.stderr
+            assert "Traceback" not in done.stderr
+            kept = RunStore(disk / "run").receipts("cut")
+            assert len(kept) == 6
+            subprocess.run(["mount", "-o", "remount,size=60m", str(disk)], check=True)
+            again = invoke("influence", "--run", str(disk / "run"))
+            assert again.exit_code == 0, again.stderr
+            assert RunStore(disk / "run").receipts("cut") == kept
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+# What works.
+
+
+def test_status_counts_every_key(tiny_run: Run) -> None:
+    done = invoke("status", "--run", tiny_run.uri)
+    assert done.exit_code == 0
+    assert re.search(r"gradients\W+12\W+12", done.stdout)
+    assert re.search(r"tiles\W+18\W+18", done.stdout)
+
+
+def test_verify_says_that_all_is_well_or_what_is_not(tiny_run: Run) -> None:
+    assert "is as it was written" in invoke("verify", "--run", tiny_run.uri).stdout
+    victim = Path(tiny_run.uri) / "regions.parquet"
+    data = victim.read_bytes()
+    victim.write_bytes(data[:-1])
+    done = invoke("verify", "--run", tiny_run.uri)
+    victim.write_bytes(data)
+    assert done.exit_code == 1
+    assert f"region-table/regions: regions.parquet: {len(data) - 1} bytes, expected {len(data)}" in done.stdout
+    assert "1 damaged keys, 0 foreign files: run the same command again" in done.stderr
+
+
+def test_explain_ranks_what_the_tensor_says(tiny_run: Run) -> None:
+    regions = tiny_run.table("regions")
+    there = regions[(regions.pixels > 0) & regions.slice.isin(tiny_run.query_slices("test"))].iloc[0]
+    row = tiny_run.slices.set_index("slice").loc[there.slice]
+    name = tiny_run.classes[int(there["class"]) - 1]
+    done = invoke(
+        *("explain", "--run", tiny_run.uri, "--patient", row.patient, "--index", str(row["index"])),
+        *("--class", name, "--top", "3"),
+    )
+    assert done.exit_code == 0, done.stderr
+    table = pd.read_parquet(Path(tiny_run.uri) / "tables/influence")
+    mine = table[(table.query_set == "test") & (table.query_slice == there.slice)]
+    mine = mine[mine.query_class.astype(int) == there["class"]].sort_values("influence")
+    for influence in [*mine.influence.head(3), *mine.influence.tail(3)]:
+        assert f"{influence:.4g}" in done.stdout
+    assert f"{int(there.pixels)} pixels" in done.stdout
+
+
+def test_explain_says_what_there_is_to_explain(tiny_run: Run) -> None:
+    row = tiny_run.slices.iloc[0]
+    ask = ["explain", "--run", tiny_run.uri, "--index", str(row["index"])]
+    done = invoke(*ask, "--patient", row.patient, "--class", "WT")
+    assert (done.exit_code, "no class 'WT'; classes of this run: NCR/NET, ED, ET" in done.stderr) == (1, True)
+    done = invoke(*ask, "--patient", "nobody", "--class", "ED")
+    assert "no patient 'nobody' in this run; there are 6" in done.stderr
+    done = invoke(*ask[:-1], "999", "--patient", row.patient, "--class", "ED")
+    assert "has 0 slices at index 999; slices are at" in done.stderr
+    done = invoke(*ask, "--patient", row.patient, "--class", "ET")
+    assert "predicts no ET with more than 50% confidence on this slice" in done.stderr
+
+
+def test_plan_of_the_paper_says_what_it_takes() -> None:
+    roomy = ["--set", "gradients.keep=false", "--set", "resources.memory_per_worker=64"]
+    done = invoke("plan", "--preset", "paper", "--patients", "259", *roomy)
+    assert "3 × 2070 × 6210, 5 checkpoints" in done.stdout
+    assert "31,044,292 of 31,044,292 differentiated" in done.stdout
+
+
+def test_plan_refuses_what_does_not_fit_and_names_the_setting() -> None:
+    done = invoke("plan", "--preset", "paper", "--patients", "259", "--set", "resources.memory_per_worker=2")
+    assert done.exit_code == 1
+    assert re.search(r"a worker of gradients needs .* GiB, resources\.memory_per_worker is 2\.00 GiB", done.stderr)
+    assert "influence.tile_slices" in done.stderr
+
+
+def test_plan_needs_to_know_how_many_patients() -> None:
+    done = invoke("plan", "--preset", "paper")
+    assert (done.exit_code, "Give data.root (--set data.root=…) or --patients N" in done.stderr) == (2, True)
+
+
+# Killed and started again.
+
+
+def drive(run: Path, root: Path, *extra: str) -> subprocess.Popen[str]:
+    """The command in a process group of its own, so that a kill takes Ray's processes with it."""
+    configured = ["--preset", "demo", *settings(f"data.root={root}", *extra)]
+    command = [sys.executable, "-m", "ray_tracin.cli", "run", "--run", str(run), *configured]
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+    }
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def receipts_of(run: Path, stage: str) -> int:
+    return len(list((run / "receipts" / stage).glob("**/*.json")))
+
+
+KILLED = {"inspect": 1, "cut": 2, "train": 3, "regions": 0, "gradients": 5, "tiles": 7, "influence": 1, "export": 1}
+"""The stages in which the driver is killed, and after how many of their keys."""
+
+
+@pytest.mark.slow
+def test_a_driver_killed_in_every_stage_goes_on_where_it_was(tiny_run: Run, patients: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    kept: dict[str, float] = {}
+    for stage, keys in KILLED.items():
+        driver = drive(run, patients)
+        deadline = time.monotonic() + 120
+        while receipts_of(run, stage) <= keys and driver.poll() is None:
+            assert time.monotonic() < deadline, f"{stage} never began"
+            time.sleep(0.003)
+        time.sleep(np.random.default_rng(len(kept)).uniform(0, 0.05))
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+        now = started_times(run)
+        again = {key for key, value in kept.items() if now.get(key) != value}
+        assert again == set(), f"computed again after the kill before {stage}"
+        kept = now
+    driver = drive(run, patients)
+    _, errors = driver.communicate(timeout=200)
+    assert driver.returncode == 0, errors
+    now = started_times(run)
+    assert {key for key, value in kept.items() if now[key] != value} == set()
+    assert now.keys() == started_times(Path(tiny_run.uri)).keys()
+    mine, undisturbed = (arrays_and_tables(Path(uri)) for uri in (run, tiny_run.uri))
+    assert mine == undisturbed
+
+
+def started_times(run: Path) -> dict[str, float]:
+    """When every finished key was begun."""
+    store = RunStore(run)
+    stages = [path.name for path in (run / "receipts").iterdir()]
+    return {f"{stage}/{key}": receipt.started for stage in stages for key, receipt in store.receipts(stage).items()}
+
+
+def arrays_and_tables(root: Path) -> dict[str, bytes]:
+    kept = (*root.glob("*.zarr/**/*"), *root.glob("*.parquet"), *root.glob("tables/**/*"), *root.glob("checkpoints/*"))
+    return {str(path.relative_to(root)): path.read_bytes() for path in kept if path.is_file() and "#" not in path.name}

@@ -1,0 +1,373 @@
+import copy
+
+import networks
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from monai.networks.nets import BasicUNet
+from torch import nn
+
+from ray_tracin.gradients import NonFiniteGradientError, RegionDifferentiator
+from ray_tracin.influence import tile_kernel
+from ray_tracin.layers import parameter_gradients
+from ray_tracin.regions import whole_slices
+from ray_tracin.unet import UNet
+from ray_tracin.units import selected_parameters
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+
+
+def differentiator(model, images, parameters="all", head="head", classes=2):
+    return RegionDifferentiator(model, head=head, parameters=parameters, example=images[0], classes=classes)
+
+
+def by_parameter(engine, values):
+    """Packed rows → (slice, class, column) by the name of the parameter."""
+    result = {}
+    for segment in engine.layout.segments:
+        result |= parameter_gradients(segment, values[:, segment.offset : segment.stop], engine.layout.classes)
+    return result
+
+
+def unet(norm="batch", width=4, depth=3):
+    return UNet(modalities=2, classes=2, width=width, depth=depth, norm=norm)
+
+
+def monai_unet():
+    return BasicUNet(spatial_dims=2, in_channels=2, out_channels=3, features=(4, 4, 8, 8, 16, 4))
+
+
+CASES = {
+    **networks.NETWORKS,
+    "unet": (unet, (12, 8)),
+    "unet, instance norm": (lambda: unet("instance"), (8, 8)),
+    "unet, group norm": (lambda: unet("group"), (8, 8)),
+    "unet without norm": (lambda: unet("none"), (8, 8)),
+    "monai": (monai_unet, (32, 32)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_the_oracle(name):
+    build, size = CASES[name]
+    model = networks.seeded(build)
+    images, labels, masks = networks.batch(size=size)
+    masks[0, 1] = False
+    engine = differentiator(model, images)
+    result = engine.differentiate(images, labels, masks)
+    expected = oracle.gradients(model, [key for key, _ in model.named_parameters()], images, labels, masks)
+    got = by_parameter(engine, result.values)
+    assert got.keys() == expected.keys()
+    everything = torch.cat([value.flatten(2) for value in expected.values()], 2)
+    assert oracle.difference(torch.cat([got[key] for key in expected], 2), everything) < 1e-5
+    for key, value in expected.items():
+        # Each parameter for itself too; where the true gradient is 0 there is nothing but rounding.
+        error = (got[key].double() - value.flatten(2)).norm()
+        assert error < 1e-4 * value.norm() + 1e-7 * everything.norm(), key
+    assert result.values.dtype == torch.float32
+    assert (result.exists == masks.flatten(2).any(2)).all()
+    assert (result.scores.isnan() == ~result.exists).all()
+    engine.check(images[:1], labels[:1], masks[:1])
+
+
+@pytest.mark.parametrize("name", ["deep", "unet", "in place", "three dimensions"])
+def test_in_float64_nothing_but_rounding_remains(name):
+    build, size = CASES[name]
+    model = networks.seeded(build).double()
+    images, labels, masks = networks.batch(size=size)
+    images = images.double()
+    engine = differentiator(model, images)
+    values = engine.differentiate(images, labels, masks).values
+    gradients = oracle.gradients(model, list(dict(model.named_parameters())), images, labels, masks)
+    kernel, _ = tile_kernel(engine.layout, lambda s: values[:, s.offset : s.stop], None, chunk_values=10**5)
+    assert oracle.difference(kernel, oracle.kernel(gradients, gradients)) < 1e-12
+
+
+def test_a_hand_worked_network():
+    # One pixel, one class, logits (0, w·x + b) with w = 2, b = -2, x = 1.5: the logit is 1, P = σ(1) = 0.731059.
+    # GT = 1: D = 2P / (P + 1), dD/dP = 2 / (P + 1)² = 0.667431, dP/dlogit = P (1 − P) = 0.196612,
+    # so dD/db = 0.131225 for the class's logit and its negative for the background's, dD/dw = 1.5 times that.
+    model = nn.Sequential()
+    model.add_module("head", nn.Conv2d(1, 2, 1))
+    with torch.no_grad():
+        model.head.weight.copy_(torch.tensor([0.0, 2.0]).view(2, 1, 1, 1))
+        model.head.bias.copy_(torch.tensor([0.0, -2.0]))
+    image = torch.full((1, 1, 1, 1), 1.5)
+    engine = differentiator(model, image, classes=1)
+    ones = torch.ones(1, 1, 1, dtype=torch.uint8)
+    result = engine.differentiate(image, ones, ones.bool()[None])
+    assert result.scores.item() == pytest.approx(0.844637, abs=1e-6)
+    got = by_parameter(engine, result.values)
+    assert got["head.bias"][0, 0].tolist() == pytest.approx([-0.131225, 0.131225], abs=1e-6)
+    assert got["head.weight"][0, 0].tolist() == pytest.approx([-0.196837, 0.196837], abs=1e-6)
+
+
+def test_the_batch_a_slice_is_in_does_not_matter():
+    images, labels, masks = networks.batch(slices=4, size=(8, 8))
+    engine = differentiator(networks.seeded(unet), images)
+    together = engine.differentiate(images, labels, masks).values
+    for order in ([2], [3, 2, 0], [2, 2]):
+        apart = engine.differentiate(images[order], labels[order], masks[order]).values
+        torch.testing.assert_close(apart, together[order], rtol=1e-4, atol=1e-6 * float(together.abs().max()))
+
+
+def test_the_model_and_the_slices_are_left_as_they_were():
+    model = networks.seeded(networks.InPlace)
+    before = copy.deepcopy(model.state_dict())
+    images, labels, masks = networks.batch()
+    original = images.clone()
+    with torch.inference_mode():
+        differentiator(model, images).differentiate(images, labels, masks)
+    assert model.training
+    assert model.activation.inplace
+    assert all(value.requires_grad for value in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(images, original)
+
+
+def test_absent_regions_have_a_gradient_of_zero():
+    images, labels, masks = networks.batch()
+    masks[1] = False
+    masks[2, 0] = False
+    engine = differentiator(networks.seeded(unet), images)
+    result = engine.differentiate(images, labels, masks)
+    assert result.exists.tolist() == [[True, True], [False, False], [False, True]]
+    for value in by_parameter(engine, result.values).values():
+        assert (value[~result.exists] == 0).all()
+    assert result.values.isfinite().all()
+
+
+def test_whole_slices_summed_over_classes_are_plain_tracin():
+    # Eq. 4 with the loss L = 1 − (1/C) Σ D_i: ⟨∇L(z), ∇L(z')⟩ = Σ_ij ⟨∇D_i, ∇D_j⟩ / C².
+    model = networks.seeded(unet)
+    images, labels, masks = networks.batch()
+    engine = differentiator(model, images)
+    values = engine.differentiate(images, labels, whole_slices(masks)).values
+    kernel, _ = tile_kernel(engine.layout, lambda s: values[:, s.offset : s.stop], None, chunk_values=10**6)
+    exact, rows = oracle.double(model), []
+    for image, label in zip(images.double(), labels, strict=True):
+        logits = exact(image[None])[0]
+        everywhere = torch.ones_like(label, dtype=torch.bool)
+        loss = 1 - sum(oracle.dice(logits, label, everywhere, c) for c in (1, 2)) / 2
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(exact.parameters()))]))
+    plain = torch.stack(rows) @ torch.stack(rows).mT
+    assert oracle.difference(kernel.sum((0, 2)) / 4, plain) < 1e-5
+
+
+# Which parameters
+
+
+def test_the_head_of_the_paper_is_256_numbers():
+    images = torch.zeros(1, 4, 16, 16)
+    model = UNet(modalities=4, classes=3, width=64, depth=2)
+    engine = differentiator(model, images, "head", classes=3)
+    assert engine.layout.columns == 256
+    assert [segment.parameters for segment in engine.layout.segments] == [("head.weight",)]
+
+
+@pytest.mark.parametrize("selection", ["head", ("*.bias",), ("decoder.*", "head.bias")])
+def test_selected_parameters_have_the_gradients_that_they_have_among_all(selection):
+    model = networks.seeded(unet)
+    images, labels, masks = networks.batch()
+    engine = differentiator(model, images, selection)
+    names = selected_parameters(model, "head", selection)
+    assert 0 < len(names) < len(list(model.parameters()))
+    got = by_parameter(engine, engine.differentiate(images, labels, masks).values)
+    expected = oracle.gradients(model, names, images, labels, masks)
+    assert got.keys() == set(names)
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key].double(), value.flatten(2), rtol=1e-3, atol=1e-6)
+    engine.check(images[:1], labels[:1], masks[:1])
+
+
+def test_frozen_parameters_are_not_covered():
+    model = networks.seeded(unet)
+    model.encoder.requires_grad_(False)
+    names = selected_parameters(model, "head", "all")
+    assert names
+    assert not any(name.startswith("encoder") for name in names)
+    with pytest.raises(ValueError, match=r"'encoder\.\*' matches no trainable parameter; there are: decoder\.0"):
+        selected_parameters(model, "head", ("decoder.*", "encoder.*"))
+    with pytest.raises(ValueError, match="UNet has no trainable parameter"):
+        selected_parameters(model.requires_grad_(False), "head", "all")
+
+
+def test_an_unknown_head_is_refused():
+    with pytest.raises(ValueError, match=r"'tail\.weight' matches no trainable parameter; there are: encoder"):
+        selected_parameters(unet(), "tail", "head")
+
+
+# What is refused
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 2, 3, padding=1)
+        self.second = nn.Conv2d(2, 2, 3, padding=1)
+        self.second.weight = self.first.weight
+        self.head = nn.Conv2d(2, 3, 1)
+
+    def forward(self, x):
+        return self.head(self.second(torch.tanh(self.first(x))))
+
+
+def test_tied_parameters_are_refused_by_name():
+    images = networks.batch()[0]
+    with pytest.raises(ValueError, match=r"tied between modules: first\.weight = second\.weight\. Let both"):
+        differentiator(Tied(), images)
+    assert differentiator(Tied(), images, "head").layout.columns == 6
+
+
+class Functional(nn.Module):
+    """Reads the weight of a module: once more beside calling it, or instead of calling it."""
+
+    def __init__(self, called):
+        super().__init__()
+        self.called = called
+        self.layer = nn.Conv2d(2, 2, 3, padding=1)
+        self.idle = nn.Conv2d(2, 2, 1)
+        self.head = nn.Conv2d(2, 3, 1)
+
+    def forward(self, x):
+        y = torch.tanh(self.layer(x) if self.called else x)
+        return self.head(F.conv2d(y, self.layer.weight, padding=1))
+
+
+def test_a_parameter_used_instead_of_its_module_is_refused():
+    images = networks.batch()[0]
+    message = r"the logits depend on layer\.weight, but the modules that own these parameters are never called"
+    with pytest.raises(ValueError, match=message):
+        differentiator(Functional(called=False), images)
+
+
+def test_a_parameter_used_beside_its_module_is_found_by_the_check():
+    images, labels, masks = networks.batch()
+    engine = differentiator(networks.seeded(lambda: Functional(called=True)), images)
+    with pytest.raises(ValueError, match=r"differ from autograd's: layer\.weight \(by [\d.]+%\)\. A parameter is"):
+        engine.check(images[:1], labels[:1], masks[:1])
+    differentiator(Functional(called=True), images, "head").check(images[:1], labels[:1], masks[:1])
+
+
+def test_idle_parameters_are_named_and_take_no_room():
+    images, labels, masks = networks.batch()
+    engine = differentiator(networks.seeded(lambda: Functional(called=True)), images, ("idle.*", "head.*"))
+    assert engine.layout.unreached == ("idle.weight", "idle.bias")
+    assert [segment.unit for segment in engine.layout.segments] == ["head"]
+    engine.check(images, labels, masks)
+
+
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(2, 2, 3, padding=1)
+        self.head = nn.Conv2d(2, 3, 1)
+
+    def forward(self, x):
+        y = torch.tanh(self.layer(x))
+        return self.head(y - y.mean(0, keepdim=True) / 2)
+
+
+def test_a_network_that_mixes_slices_is_found_by_the_check():
+    images, labels, masks = networks.batch()
+    engine = differentiator(networks.seeded(Mixing), images)
+    with pytest.raises(ValueError, match=r"differ from autograd's: layer\.weight .* or their slices are mixed"):
+        engine.check(images[:1], labels[:1], masks[:1])
+
+
+def test_batch_statistics_in_eval_mode_are_refused():
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3, track_running_stats=False))
+    with pytest.raises(ValueError, match=r"track_running_stats=False in 1: use running statistics"):
+        differentiator(model, networks.batch()[0])
+
+
+def test_the_check_proves_coverage_where_no_region_exists():
+    images, labels, masks = networks.batch()
+    engine = differentiator(networks.seeded(lambda: Functional(called=True)), images)
+    with pytest.raises(ValueError, match=r"layer\.weight"):
+        engine.check(images[:1], labels[:1], torch.zeros_like(masks[:1]))
+
+
+class Tuple(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(2, 3, 1)
+
+    def forward(self, x):
+        return self.head(x), x
+
+
+def test_a_network_that_gives_something_else_than_logits_is_refused():
+    images = networks.batch()[0]
+    with pytest.raises(ValueError, match=r"expected logits of shape \(1, 3, 8, 8\).*got a tuple: wrap it"):
+        differentiator(Tuple(), images)
+    with pytest.raises(ValueError, match=r"expected logits of shape \(1, 4, 8, 8\).*got a tensor of shape \(1, 3"):
+        differentiator(nn.Sequential(nn.Conv2d(2, 3, 1)), images, classes=3)
+
+
+def test_slices_of_another_size_are_refused():
+    images, labels, masks = networks.batch()
+    engine = differentiator(unet(), images)
+    with pytest.raises(ValueError, match=r"expected slices of shape \(2, 8, 8\).*got images of shape \(3, 2, 8, 4\)"):
+        engine.differentiate(images[..., :4], labels[..., :4], masks[..., :4])
+    with pytest.raises(ValueError, match=r"at least one, got images of shape \(0, 2, 8, 8\)"):
+        engine.differentiate(images[:0], labels[:0], masks[:0])
+
+
+class Halting(nn.Module):
+    """Repeats a layer as often as the slices say."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(2, 2, 1)
+        self.head = nn.Conv2d(2, 3, 1)
+
+    def forward(self, x):
+        for _ in range(1 + int(x.abs().max() > 1)):
+            x = self.layer(x)
+        return self.head(x)
+
+
+def test_a_number_of_calls_that_depends_on_the_slices_is_refused():
+    images, labels, masks = networks.batch()
+    engine = differentiator(Halting(), images * 0)
+    with pytest.raises(ValueError, match="unit 'layer' was called 1 times on the example and more often on this batch"):
+        engine.differentiate(images, labels, masks)
+
+
+def test_a_weight_that_is_not_a_number_is_named():
+    model = networks.seeded(unet)
+    model.decoder[0].upsample.weight.data[0, 0, 0, 0] = torch.nan
+    images, labels, masks = networks.batch()
+    masks[0] = masks[1, 0] = False
+    with pytest.raises(NonFiniteGradientError, match="infinite or missing value for slice") as caught:
+        differentiator(model, images).differentiate(images, labels, masks)
+    assert caught.value.unit == "decoder.0.upsample"
+
+
+def test_a_slice_that_is_not_finite_is_found():
+    images, labels, masks = networks.batch()
+    engine = differentiator(networks.seeded(unet), images)
+    images[1, 0, 3, 3] = torch.inf
+    with pytest.raises(NonFiniteGradientError) as caught:
+        engine.differentiate(images, labels, masks)
+    assert (caught.value.position, caught.value.class_id) == (1, 1)
+
+
+# How much
+
+
+def test_factors_are_smaller_than_gradients():
+    images = networks.batch(size=(16, 16))[0]
+    engine = differentiator(unet(width=16, depth=4), images)
+    assert engine.layout.values < 0.25 * engine.layout.classes * engine.layout.columns
+
+
+def test_a_layout_can_be_planned_without_memory():
+    layout = differentiator(unet(), networks.batch()[0]).layout
+    with torch.device("meta"):
+        planned = differentiator(unet(), torch.zeros(1, 2, 8, 8)).layout
+    assert planned.segments == layout.segments
+    assert 0 < planned.activation_bytes <= 2 * layout.activation_bytes

@@ -1,0 +1,167 @@
+import math
+
+import networks
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ray_tracin.gradients import RegionDifferentiator
+from ray_tracin.influence import (
+    rank_influence,
+    self_influence,
+    sum_checkpoints,
+    tile_bytes,
+    tile_kernel,
+    train_columns,
+    without_absent,
+)
+
+BUILD, SIZE = networks.NETWORKS["deep"]
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """A network, five slices, their packed gradients and the oracle's."""
+    model = networks.seeded(BUILD)
+    batch = networks.batch(slices=5, size=SIZE)
+    engine = RegionDifferentiator(model, head="head", example=batch[0][0], classes=2)
+    names = [name for name, _ in model.named_parameters()]
+    return engine.layout, engine.differentiate(*batch).values, oracle.gradients(model, names, *batch)
+
+
+def reader(values):
+    return lambda segment: values[:, segment.offset : segment.stop]
+
+
+def part(gradients, start, stop):
+    return {name: value[start:stop] for name, value in gradients.items()}
+
+
+def test_kernel_equals_the_oracle(deep):
+    layout, values, gradients = deep
+    kernel, norm2 = tile_kernel(layout, reader(values[:2]), reader(values[2:]), chunk_values=500)
+    expected = oracle.kernel(part(gradients, 0, 2), part(gradients, 2, 5))
+    assert kernel.shape == (2, 2, 2, 3)
+    assert kernel.dtype == torch.float32
+    assert oracle.difference(kernel, expected) < 1e-5
+    own = oracle.kernel(part(gradients, 0, 2), part(gradients, 0, 2))
+    assert oracle.difference(norm2, torch.einsum("iziz->iz", own)) < 1e-5
+
+
+def test_bfloat16_rows_are_close(deep):
+    layout, values, gradients = deep
+    kernel, _ = tile_kernel(layout, reader(values.bfloat16()), None, chunk_values=10**6)
+    assert 0 < oracle.difference(kernel, oracle.kernel(gradients, gradients)) < 1e-2
+
+
+def test_the_same_slices_on_both_sides_are_exactly_symmetric(deep):
+    layout, values, gradients = deep
+    kernel, norm2 = tile_kernel(layout, reader(values), None, chunk_values=700)
+    assert torch.equal(kernel, kernel.permute(2, 3, 0, 1))
+    assert torch.equal(norm2, torch.einsum("iziz->iz", kernel))
+    assert oracle.difference(kernel, oracle.kernel(gradients, gradients)) < 1e-5
+    other, _ = tile_kernel(layout, reader(values), reader(values.clone()), chunk_values=700)
+    torch.testing.assert_close(other, kernel, rtol=1e-5, atol=1e-7)
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(200, 20_000))
+@settings(max_examples=5, deadline=None)
+def test_tiles_of_any_size_hold_the_same_kernel(deep, side, other, chunk_values):
+    layout, values, gradients = deep
+    whole = oracle.kernel(gradients, gradients)
+    for top in range(0, 5, side):
+        for left in range(0, 5, other):
+            query, train = values[top : top + side], values[left : left + other]
+            kernel, _ = tile_kernel(layout, reader(query), reader(train), chunk_values=chunk_values)
+            expected = whole[:, top : top + side, :, left : left + other]
+            torch.testing.assert_close(kernel.double(), expected, rtol=1e-4, atol=float(whole.abs().max()) * 1e-6)
+
+
+def test_a_reader_is_asked_for_each_segment_once(deep):
+    layout, values, _ = deep
+    asked = []
+
+    def read(segment):
+        asked.append(segment)
+        return reader(values)(segment)
+
+    tile_kernel(layout, read, None, chunk_values=100)
+    assert tuple(asked) == layout.segments
+
+
+def test_the_estimate_of_memory_counts_both_sides(deep):
+    layout = deep[0]
+    widest = max(segment.length for segment in layout.segments)
+    one, two = (tile_bytes(layout, 100, other, chunk_values=10**6) for other in (None, 100))
+    assert two - one > 100 * widest * 8
+    assert tile_bytes(layout, 100, None, chunk_values=10**7) > one > 2 * 4 * 10**6
+
+
+# Two classes, one query, two train slices; class 2 of train slice 1 doesn't exist.
+KERNEL = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]], [[[5.0, 6.0], [7.0, 8.0]]]])
+
+
+def test_absent_regions_are_nan_and_nothing_else_is():
+    kernel = without_absent(KERNEL, torch.tensor([[True, False]]), torch.tensor([[True, True], [True, False]]))
+    assert kernel[0, 0].isnan().tolist() == [[False, False], [False, True]]
+    assert kernel[1].isnan().all()
+    assert kernel[0, 0, 0].tolist() == [1.0, 2.0]
+
+
+def test_columns_are_class_by_class():
+    # Column of region (j, z) = (j − 1) · n + position of z.
+    columns = train_columns(KERNEL)
+    assert columns[0, 0].tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert columns[1, 0, (2 - 1) * 2 + 0] == KERNEL[1, 0, 1, 0]
+
+
+def test_checkpoints_are_weighted_by_their_learning_rates():
+    # 0.5 · 1 + 0.25 · 3 = 1.25.
+    kernels = torch.stack([torch.full((1, 1, 2), 1.0), torch.full((1, 1, 2), 3.0)])
+    kernels[1, 0, 0, 1] = math.nan
+    total = sum_checkpoints(kernels, torch.tensor([0.5, 0.25]))
+    assert total[0, 0, 0] == 1.25
+    assert math.isnan(total[0, 0, 1])
+    assert total.dtype == torch.float32
+
+
+def test_checkpoints_are_summed_in_float64():
+    # In float32, 1 + 2⁻²⁵ is 1, and subtracting 1 leaves 0.
+    kernels = torch.tensor([1.0, 2.0**-25, -1.0]).view(3, 1, 1, 1)
+    assert sum_checkpoints(kernels, torch.ones(3)).item() == 2.0**-25
+
+
+def test_self_influence_is_the_diagonal(deep):
+    layout, values, _ = deep
+    kernel, norm2 = tile_kernel(layout, reader(values), None, chunk_values=10**6)
+    influence = sum_checkpoints(train_columns(kernel)[None], torch.tensor([0.5]))
+    assert torch.equal(self_influence(influence), norm2 * 0.5)
+
+
+def test_self_influence_needs_all_train_queries():
+    with pytest.raises(ValueError, match=r"2 × 3 = 6, got 8: self-influence is defined for the train queries"):
+        self_influence(torch.zeros(2, 3, 8))
+
+
+def test_ranking_leaves_absent_regions_out_and_breaks_ties_by_column():
+    row = torch.tensor([0.5, math.nan, 2.0, -1.0, 2.0, -1.0, math.nan])
+    proponents, opponents = rank_influence(row, 3)
+    assert proponents.tolist() == [2, 4, 0]
+    assert opponents.tolist() == [3, 5, 0]
+
+
+def test_ranking_of_fewer_than_k():
+    proponents, opponents = rank_influence(torch.tensor([math.nan, 1.0, 3.0]), 5)
+    assert proponents.tolist() == [2, 1]
+    assert opponents.tolist() == [1, 2]
+    assert [len(side) for side in rank_influence(torch.full((4,), math.nan), 5)] == [0, 0]
+
+
+@given(st.lists(st.one_of(st.floats(-9, 9, width=32), st.just(math.nan)), min_size=1, max_size=30), st.integers(1, 9))
+def test_ranking_equals_a_sort_of_pairs(values, k):
+    present = [(value, column) for column, value in enumerate(values) if not math.isnan(value)]
+    proponents, opponents = rank_influence(torch.tensor(values), k)
+    assert proponents.tolist() == [c for _, c in sorted(present, key=lambda pair: (-pair[0], pair[1]))][:k]
+    assert opponents.tolist() == [c for _, c in sorted(present)][:k]
