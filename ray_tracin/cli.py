@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explanation import explain_region
+from ray_tracin.figures import draw_explanation
 from ray_tracin.phantom import Edition
 from ray_tracin.pipeline import STEPS, Executors, is_prepared, run_to, status, verify
 from ray_tracin.planning import Plan, plan_run
@@ -218,6 +219,7 @@ def explain(
     index: Annotated[int, typer.Option(help="Position of the slice on its axis.")],
     class_name: Annotated[str, typer.Option("--class", help="Name of the class.")],
     top: Annotated[int, typer.Option(min=1, help="How many proponents and opponents.")] = 10,
+    picture: Annotated[Path | None, typer.Option("--out", help="Draw it too: a PNG file.")] = None,
     debug: DebugOption = False,
 ) -> None:
     """The local explanation of one region: which training regions pushed the network to it, and which against it."""
@@ -234,6 +236,9 @@ def explain(
             out.print(f"warning: {warning}", markup=False)
         for title, ranking in (("Proponents", found.proponents), ("Opponents", found.opponents)):
             out.print(_ranking_table(title, ranking))
+        if picture is not None:
+            draw_explanation(opened, found, picture)
+            out.print(f"drawn in {picture}", markup=False)
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ class DataConfig(Section):
     root: str | None = None
     """Folder of patients in a BraTS layout, or a CSV file with the columns patient, one per modality, and label."""
     layout: Literal["auto", "brats", "csv"] = "auto"
-    modalities: tuple[str, ...] = ("t1", "t1ce", "t2", "flair")
+    modalities: Annotated[tuple[str, ...], Field(min_length=1)] = ("t1", "t1ce", "t2", "flair")
     """Channels of the network, in this order; in a CSV file the names of the columns."""
     label_scheme: LabelScheme = "auto"
     """What the label values mean; ``auto`` decides from the union of values over the whole data set."""

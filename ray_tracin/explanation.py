@@ -24,6 +24,9 @@ class RegionExplanation:
     patient: str
     index: int
     class_name: str
+    slice: int
+    """Row of ``slices.zarr``."""
+    class_id: int
     query_set: QuerySet
     labelled: bool
     """Whether the slice has ground truth; without it the network's own prediction stands in."""
@@ -31,7 +34,7 @@ class RegionExplanation:
     overlap: float
     dice: float
     proponents: pd.DataFrame
-    """rank, influence, patient, index, class_name, slice, overlap; most influential first."""
+    """rank, influence, patient, index, class_name, class_id, slice, overlap; most influential first."""
     opponents: pd.DataFrame
 
     @property
@@ -69,6 +72,8 @@ def explain_region(run: Run, patient: str, index: int, class_name: str, k: int =
         patient=str(run.slices.set_index("slice").loc[row, "patient"]),
         index=index,
         class_name=class_name,
+        slice=row,
+        class_id=class_id,
         query_set=query_set,
         labelled=bool(region["labelled"]),
         pixels=int(region["pixels"]),
@@ -129,6 +134,7 @@ def _ranking(run: Run, influence: torch.Tensor, columns: Sequence[int]) -> pd.Da
             "patient": slices["patient"].to_numpy(),
             "index": slices["index"].to_numpy(),
             "class_name": [run.classes[int(class_id) - 1] for class_id in train_classes],
+            "class_id": train_classes,
             "slice": train_slices,
             "overlap": found["overlap"].to_numpy(),
         }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -29,20 +30,25 @@ class Train(Stage[EpochKey]):
         """The epochs, from 1."""
         return [EpochKey(epoch) for epoch in range(1, self.run.config.training.epochs + 1)]
 
+    @property
+    def processes(self) -> int:
+        """Processes that train together."""
+        return self.run.config.training.workers
+
     def open(self) -> Callable[[EpochKey], Result]:
         """Train up to the end of an epoch and write its checkpoint."""
+        return self.open_share(0, 1, lambda network: network)
+
+    def open_share(
+        self, rank: int, world_size: int, wrap: Callable[[nn.Module], nn.Module]
+    ) -> Callable[[EpochKey], Result]:
+        """The same, as one of several processes; ``wrap`` averages gradients over them, and rank 0 writes."""
         torch.set_num_threads(self.run.config.resources.training_threads)
-        trainer = build_trainer(self.run)
-
-        def train(key: EpochKey) -> Result:
-            return train_to(self.run, trainer, key)
-
-        return train
+        trainer = build_trainer(self.run, rank, world_size, wrap)
+        return partial(train_to, self.run, trainer, writes=rank == 0)
 
 
-def build_trainer(
-    run: Run, rank: int = 0, world_size: int = 1, wrap: Callable[[nn.Module], nn.Module] = lambda network: network
-) -> Trainer:
+def build_trainer(run: Run, rank: int, world_size: int, wrap: Callable[[nn.Module], nn.Module]) -> Trainer:
     """A trainer on the slices of this run, before its first epoch."""
     table = run.slices[run.slices["labelled"]]
     rows = [int(row) for row in table["slice"]]
@@ -67,11 +73,8 @@ def build_trainer(
     )
 
 
-def train_to(run: Run, trainer: Trainer, key: EpochKey, writes: bool = True) -> dict[str, Any]:
-    """Train until the epoch is finished, from the newest state before it; write its checkpoint.
-
-    ``writes=False`` trains along without touching the run: the other processes of a distributed training.
-    """
+def train_to(run: Run, trainer: Trainer, key: EpochKey, *, writes: bool) -> dict[str, Any]:
+    """Train until the epoch is finished, from the newest state before it; write its checkpoint if this process does."""
     _rewind(run, trainer, key)
     record = None
     while trainer.epoch < key.epoch:

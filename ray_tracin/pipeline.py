@@ -13,6 +13,7 @@ from ray_tracin.assembly import AssembleStripes, ExportInfluence, TabulateSelfIn
 from ray_tracin.attribution import ComputeTiles, Differentiate
 from ray_tracin.learning import TabulateCheckpoints, Train, drop_states
 from ray_tracin.mapping import MapRegions, TabulateRegions
+from ray_tracin.planning import plan_of
 from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices
 from ray_tracin.runs import Run
 from ray_tracin.stages import LAYOUT, Executor, Listener, Stage, complete, sound_receipts
@@ -72,6 +73,7 @@ def _train(run: Run, executors: Executors, listen: Listener) -> None:
 
 
 def _gradients(run: Run, executors: Executors, listen: Listener) -> None:
+    refuse_what_does_not_fit(run)
     complete(Differentiate(run, run.config.influence_epochs()), executors.pool, listen)
 
 
@@ -89,10 +91,22 @@ def _tiles_of(run: Run, epochs: tuple[int, ...], executors: Executors, listen: L
     done = sound_receipts(run, tiles.name)
     missing = sorted({key.epoch for key in tiles.keys() if str(key) not in done})  # noqa: SIM118
     if missing:
+        refuse_what_does_not_fit(run)
         complete(Differentiate(run, tuple(missing)), executors.pool, listen)
         complete(tiles, executors.pool, listen)
     if not run.config.gradients.keep:
         release_gradients(run, epochs)
+
+
+def refuse_what_does_not_fit(run: Run) -> None:
+    """Nothing, if the plan of the run keeps within what its workers and its disk have.
+
+    Raises:
+        ValueError: it doesn't; every limit that would be broken is named, with the setting that would help.
+    """
+    problems = plan_of(run).problems
+    if problems:
+        raise ValueError("this would not fit:\n  " + "\n  ".join(problems))
 
 
 def release_gradients(run: Run, epochs: tuple[int, ...]) -> None:

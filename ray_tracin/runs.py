@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import zarr
 from torch import nn
 
 from ray_tracin import store as paths
 from ray_tracin.config import FORMAT_VERSION, RunConfig, build_config, parse_config, parse_yaml
-from ray_tracin.store import Array, RunStore
+from ray_tracin.store import Array, RunStore, ZarrArray
 from ray_tracin.unet import build_unet
 from ray_tracin.vocabulary import QUERY_SETS, QuerySet, checkpoint_name
 
@@ -134,7 +133,7 @@ class Run:
         torch.save(dict(values), sink)
         self.store.write_bytes(path, sink.getvalue())
 
-    def influence(self, query_set: QuerySet = "train") -> zarr.Array[Any]:
+    def influence(self, query_set: QuerySet = "train") -> ZarrArray:
         """The influence tensor of a query set: float32 (query_class, query, train), NaN where a region is absent.
 
         Column of train region (class j, position z among ``train_slices``): (j − 1)·n + z. Read by slicing, as NumPy.

@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, no_type_check
 
@@ -113,6 +114,10 @@ class RayExecutor:
         Raises:
             StageError: some keys failed; all others were done.
         """
+        if stage.processes > 1:
+            self.close()
+            _execute_together(stage, keys, report)
+            return
         if stage.sequential:
             self.close()
             _execute_in_order(stage, keys, report)
@@ -150,6 +155,17 @@ def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Callable[[
             losses += 1
             if losses == TRIES:
                 raise stage_error(stage, {left[0]: error}, len(left)) from error
+
+
+def _execute_together(stage: Stage[Any], keys: Sequence[Any], report: Callable[[Any], None]) -> None:
+    """Several processes that do each key together, through Ray Train, which takes seconds to import."""
+    options = _resource_options(stage, float(stage.run.config.resources.training_threads))
+    # Ray Train wants a CPU for each process, and whole GPUs.
+    wanted = {"CPU": options["num_cpus"] or 1.0, **({"GPU": 1.0} if "num_gpus" in options else {})}
+    try:
+        import_module("ray_tracin.distributed").execute_with_ray_train(stage, keys, report, wanted)
+    except Exception as error:
+        raise stage_error(stage, {"training together": error}, len(keys)) from error
 
 
 @no_type_check  # Ray asks whether this is a generator function, which a checking wrapper would hide.
@@ -310,7 +326,7 @@ def _room_for(options: dict[str, Any]) -> int:
 def write_phantoms(
     folder: Path, patients: int, listen: Listener, *, edition: Edition = "2019", seed: int = 0, spacing: float = 2.0
 ) -> None:
-    """Write synthetic patients, one a Ray task; those that are there are left alone.
+    """Write synthetic patients, one a Ray task; files that are there are replaced by the same bytes.
 
     Raises:
         StorageError: the folder can't be written.

@@ -53,6 +53,11 @@ class Stage(ABC, Generic[Key]):
     light: ClassVar[bool] = False
     """The work is over sooner than a worker has started: the calling process does it."""
 
+    @property
+    def processes(self) -> int:
+        """How many processes do a key together, through `open_share`; 1 for all but distributed training."""
+        return 1
+
     @abstractmethod
     def keys(self) -> Sequence[Key]:
         """Every key of the stage; ``str(key)`` names it in receipts. Needs the stages before it to be done."""
@@ -71,9 +76,9 @@ class Stage(ABC, Generic[Key]):
 class StageWorker(Generic[Key]):
     """A process's share of a stage: does a key, then writes its receipt."""
 
-    def __init__(self, stage: Stage[Key]) -> None:
+    def __init__(self, stage: Stage[Key], work: Callable[[Key], Result] | None = None) -> None:
         self._stage = stage
-        self._work = stage.open()
+        self._work = work or stage.open()
 
     def do(self, key: Key) -> Receipt:
         """Do the key and declare it done. An error carries the stage and the key as a note."""

@@ -50,6 +50,7 @@ SELF_INFLUENCE = "tables/self_influence.parquet"
 
 Selection = tuple[slice, ...]
 Array = npt.NDArray[Any]
+ZarrArray = zarr.Array[Any]
 
 
 def checkpoint_path(name: str) -> str:
@@ -110,7 +111,7 @@ class RunStore:
 
     def __init__(self, uri: str | Path) -> None:
         self.objects = Objects(uri)
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._arrays: dict[str, ZarrArray] = {}
         self._written: list[StoredFile] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -224,7 +225,7 @@ class RunStore:
         except (FileNotFoundError, KeyError):
             raise self._missing(path) from None
 
-    def array(self, path: str) -> zarr.Array[Any]:
+    def array(self, path: str) -> ZarrArray:
         """The array at the path, open for reading and for `write`.
 
         Raises:
@@ -343,7 +344,7 @@ def _container(path: str) -> tuple[str, str]:
     return container, inner
 
 
-def _assert_owns_whole_chunks(array: zarr.Array[Any], selection: Selection) -> None:
+def _assert_owns_whole_chunks(array: ZarrArray, selection: Selection) -> None:
     unit = array.shards or array.chunks
     assert len(selection) == len(unit), f"{array.path}: one slice an axis, got {selection}"
     for axis, (part, step, length) in enumerate(zip(selection, unit, array.shape, strict=True)):

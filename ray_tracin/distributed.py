@@ -1,0 +1,80 @@
+"""Ray Train at the edge: several processes that train one network together.
+
+For networks and data that keep more than one GPU busy. A plain Ray task is the default, because it starts in a
+fraction of the time. Importing Ray Train takes seconds, so this module is loaded only when it is asked for.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
+from typing import Any
+
+import torch.distributed
+from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train.torch import TorchTrainer, get_device
+from torch import nn
+
+from ray_tracin.learning import Train
+from ray_tracin.stages import StageWorker, sound_receipts
+
+POLL_SECONDS = 2.0
+TRIES = 3
+
+
+def execute_with_ray_train(
+    stage: Train, keys: Sequence[Any], report: Callable[[Any], None], resources: dict[str, float]
+) -> None:
+    """Train the epochs in ``stage.processes`` processes with DistributedDataParallel; rank 0 writes.
+
+    A process that is lost ends the group, and a new group goes on from the newest checkpoint.
+
+    Raises:
+        Exception: what the training raised, as Ray Train reports it.
+    """
+    trainer = TorchTrainer(
+        train_together,
+        train_loop_config={"stage": stage, "keys": list(keys)},
+        scaling_config=ScalingConfig(
+            num_workers=stage.processes, use_gpu=resources.get("GPU", 0) > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"train-{stage.run.fingerprint[:12]}",
+            storage_path=tempfile.mkdtemp(prefix="ray-tracin-train-"),
+            failure_config=FailureConfig(max_failures=TRIES - 1),
+        ),
+    )
+    reported: set[str] = set()
+
+    def report_finished() -> None:
+        finished = stage.run.store.receipts(stage.name)
+        for key in keys:
+            if str(key) in finished and str(key) not in reported:
+                reported.add(str(key))
+                report(key)
+
+    with ThreadPoolExecutor(1) as thread:
+        fitting = thread.submit(trainer.fit)
+        while wait([fitting], POLL_SECONDS).not_done:
+            report_finished()
+        fitting.result()
+    report_finished()
+
+
+def train_together(config: dict[str, Any]) -> None:
+    """What every process does: its share of every epoch."""
+    stage: Train = config["stage"]
+    context = get_context()
+    rank, finished = context.get_world_rank(), sound_receipts(stage.run, stage.name)
+    # Everyone must have read what is finished before anyone finishes more.
+    torch.distributed.barrier()
+    work = stage.open_share(rank, context.get_world_size(), partial(_averaging, device=get_device()))
+    do = StageWorker(stage, work).do if rank == 0 else work
+    for key in config["keys"]:
+        if str(key) not in finished:
+            do(key)
+
+
+def _averaging(network: nn.Module, device: torch.device) -> nn.Module:
+    devices = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(network, device_ids=devices)

@@ -1,0 +1,38 @@
+"""Training in several processes through Ray Train."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+from ray_tracin.pipeline import Executors, run_to
+from ray_tracin.runs import open_run, start_run
+from ray_tracin.runtime import RayExecutor
+from ray_tracin.stages import Event, execute_serially
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_processes_train_one_network(local_cluster: str, patients: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    overrides = [*TINY, f"data.root={patients}", "training.workers=2", "model.norm=instance"]
+    run = start_run(tmp_path / "run", preset="demo", overrides=overrides)
+    with RayExecutor() as pool:
+        run_to(run, "train", Executors(pool, execute_serially), events.append)
+    assert [event.key for event in events if (event.stage, event.kind) == ("train", "done")] == [
+        f"epoch_{epoch:02d}" for epoch in range(1, 9)
+    ]
+    table = open_run(run.uri).table("checkpoints")
+    assert list(table["epoch"]) == list(range(1, 9))
+    # The same epochs by one process: without batch statistics only the order of the sums differs.
+    alone = start_run(
+        tmp_path / "alone", preset="demo", overrides=[*TINY, f"data.root={patients}", "model.norm=instance"]
+    )
+    run_to(alone, "train", Executors(execute_serially, execute_serially), lambda event: None)
+    np.testing.assert_allclose(table["loss"], alone.table("checkpoints")["loss"], rtol=1e-2)
+    together, single = (one.model("final").state_dict() for one in (run, alone))
+    for name, value in together.items():
+        torch.testing.assert_close(value, single[name], rtol=0.05, atol=0.02)
+    assert not list((tmp_path / "run/checkpoints").glob("state_*"))
