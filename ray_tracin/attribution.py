@@ -31,10 +31,12 @@ from ray_tracin.store import Array
 from ray_tracin.unet import HEAD
 from ray_tracin.vocabulary import GradientShard, QuerySet, Tile, checkpoint_name, ranges
 
-INNER_CHUNK_VALUES = 1 << 16
-"""Values of a slice in one inner chunk of a gradient shard: what a tile must read to get at one layer."""
-EXPANDED_VALUES = 1 << 24
-"""Gradient values that a tile worker expands at a time, per side."""
+INNER_CHUNK_VALUES = 1 << 15
+"""Values of a slice in one inner chunk of a gradient shard."""
+READ_VALUES = 1 << 17
+"""Values of a slice that a tile worker reads at a time, if a layer doesn't have more."""
+EXPANDED_VALUES = 1 << 22
+"""Gradient values that a tile worker expands at a time, per side; more is no faster."""
 
 
 def gradients_path(epoch: int, query_set: QuerySet) -> str:
@@ -259,8 +261,8 @@ def _compute_tile(run: Run, key: Tile, device: torch.device) -> dict[str, Any]:
     train_rows = blocks(run, "train")[key.train_block]
     layout = stored_layout(run, key.epoch)
     same = key.query_set == "train" and key.query_block == key.train_block
-    query = _segment_reader(run, key.epoch, key.query_set, query_rows, device)
-    train = None if same else _segment_reader(run, key.epoch, "train", train_rows, device)
+    query = _SegmentReader(run, key.epoch, key.query_set, query_rows, layout.values, device)
+    train = None if same else _SegmentReader(run, key.epoch, "train", train_rows, layout.values, device)
     kernel, norm2 = tile_kernel(layout, query, train, chunk_values=EXPANDED_VALUES)
     side = run.config.influence.tile_slices
     path, block = tiles_path(key.epoch, key.query_set), slice(key.query_block, key.query_block + 1)
@@ -278,16 +280,22 @@ def stored_layout(run: Run, epoch: int) -> Layout:
     return Layout.from_json(run.store.attributes(f"{paths.GRADIENTS}/{checkpoint_name(epoch)}")["layout"])
 
 
-def _segment_reader(
-    run: Run, epoch: int, query_set: QuerySet, rows: tuple[int, int], device: torch.device
-) -> Callable[[Segment], Tensor]:
-    path, dtype = gradients_path(epoch, query_set), run.config.gradients.dtype
+class _SegmentReader:
+    """Reads the values of a layer after another, many layers at a time: a chunk on disk holds several small ones."""
 
-    def read(segment: Segment) -> Tensor:
-        columns = slice(segment.offset, segment.offset + segment.length)
-        return restored(run.store.read(path, (slice(*rows), columns)), dtype).to(device)
+    def __init__(
+        self, run: Run, epoch: int, query_set: QuerySet, rows: tuple[int, int], values: int, device: torch.device
+    ) -> None:
+        self._run, self._path = run, gradients_path(epoch, query_set)
+        self._rows, self._values, self._device = slice(*rows), values, device
+        self._start, self._held = 0, torch.empty((rows[1] - rows[0], 0))
 
-    return read
+    def __call__(self, segment: Segment) -> Tensor:
+        if not (self._start <= segment.offset and segment.stop <= self._start + self._held.shape[1]):
+            stop = min(max(segment.stop, segment.offset + READ_VALUES), self._values)
+            block = self._run.store.read(self._path, (self._rows, slice(segment.offset, stop)))
+            self._start, self._held = segment.offset, restored(block, self._run.config.gradients.dtype)
+        return self._held[:, segment.offset - self._start : segment.stop - self._start].to(self._device)
 
 
 def _padded(values: Array, side: int, axes: Sequence[int]) -> Array:

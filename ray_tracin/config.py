@@ -268,7 +268,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "data": {"size": 96, "slices": {"count": 8}},
         "model": {"width": 8},
-        "training": {"epochs": 14, "adam_learning_rate": 2e-3},
+        "training": {"epochs": 12, "adam_learning_rate": 5e-3},
+        "influence": {"tile_slices": 88},
     },
     # The text of the paper and, where it is silent, the authors' public code.
     "paper": {

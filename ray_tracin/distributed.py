@@ -68,13 +68,25 @@ def train_together(config: dict[str, Any]) -> None:
     rank, finished = context.get_world_rank(), sound_receipts(stage.run, stage.name)
     # Everyone must have read what is finished before anyone finishes more.
     torch.distributed.barrier()
-    work = stage.open_share(rank, context.get_world_size(), partial(_averaging, device=get_device()))
+    device = get_device()
+    work = stage.open_share(
+        rank,
+        world_size=context.get_world_size(),
+        wrap=partial(_averaging_gradients, device=device),
+        average=partial(_average, device=device),
+    )
     do = StageWorker(stage, work).do if rank == 0 else work
     for key in config["keys"]:
         if str(key) not in finished:
             do(key)
 
 
-def _averaging(network: nn.Module, device: torch.device) -> nn.Module:
+def _averaging_gradients(network: nn.Module, device: torch.device) -> nn.Module:
     devices = [device] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(network, device_ids=devices)
+
+
+def _average(value: float, device: torch.device) -> float:
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return float(total) / torch.distributed.get_world_size()

@@ -156,12 +156,7 @@ class RegionDifferentiator:
         with exact_arithmetic():
             batch = images.to(self._like), labels.to(self._like.device), masks.to(self._like.device)
             parts = [self._batch(*(part[start:stop] for part in batch)) for start, stop in ranges(len(images), step)]
-        if len(parts) == 1:
-            result = parts[0]
-        else:
-            result = RegionGradients(
-                *(torch.cat([getattr(p, k) for p in parts]) for k in ("values", "scores", "exists"))
-            )
+        result = parts[0] if len(parts) == 1 else _concatenated(parts)
         self._check_finite(result)
         return result
 
@@ -171,7 +166,7 @@ class RegionDifferentiator:
             logits = passes.forward(self._model, images)
             # Cloned, because autograd keeps them and refuses tensors of inference mode.
             scores = region_scores(logits, labels.clone(), masks.clone())
-            exists = _existing(logits, scores, masks)
+            exists = ~scores.isnan()
             passes.backward(torch.where(exists, scores, 0))
             if not passes.overwritten:
                 return RegionGradients(passes.values, scores.detach(), exists)
@@ -179,20 +174,19 @@ class RegionDifferentiator:
             self._overwritten |= passes.overwritten
 
     def _check_finite(self, result: RegionGradients) -> None:
-        broken_scores = result.exists & ~result.scores.isfinite()
-        # One value that isn't finite makes the sum so, and a sum needs no room.
-        if result.values.sum().isfinite() and not broken_scores.any():
+        # One value that isn't finite makes the sum so, and a sum needs no room. Regions that don't exist hide nothing:
+        # their upstream gradient is 0, and 0 times such a value is not a number.
+        if result.values.sum().isfinite():
             return
         suspects = [unit.name for unit in self._units.values() if not _finite_state(unit.module)]
         # Backward, what is broken spreads from the logits to the image: the last unit is the nearest to the cause.
         for segment in reversed(self.layout.segments):
-            parts = result.values[:, segment.offset + segment.input_values : segment.stop]
-            broken = ~parts.unflatten(1, (self.layout.classes, -1)).isfinite().all(dim=2)
+            bad = ~result.values[:, segment.offset : segment.stop].isfinite()
+            inputs, gradients = bad.split([segment.input_values, segment.length - segment.input_values], dim=1)
+            broken = gradients.unflatten(1, (self.layout.classes, -1)).any(dim=2) | inputs.any(dim=1, keepdim=True)
             if broken.any():
                 position, column = broken.nonzero()[0].tolist()
                 raise NonFiniteGradientError(position, column + 1, *suspects[:1] or [segment.unit])
-        for position, column in broken_scores.nonzero().tolist():
-            raise NonFiniteGradientError(position, column + 1, *suspects[:1] or [self.layout.segments[-1].unit])
 
     def check(
         self,
@@ -245,12 +239,8 @@ class RegionDifferentiator:
         for segment in self.layout.segments:
             packed = row[:, segment.offset : segment.stop]
             got |= {k: v[0] for k, v in parameter_gradients(segment, packed, self.layout.classes).items()}
-        scale = {name: values.norm(dim=1).maximum(noise) for name, values in expected.items()}
-        difference = {name: (got[name] - expected[name]).norm(dim=1) for name in expected}
-        # Where autograd's whole gradient is 0, any difference is infinitely large and none is none.
         return {
-            name: float(torch.where(difference[name] == 0, 0, difference[name] / scale[name]).max())
-            for name in expected
+            name: _relative(got[name] - values, values.norm(dim=1).maximum(noise)) for name, values in expected.items()
         }
 
 
@@ -380,16 +370,6 @@ def _check_logits(logits: Any, expected: Shape) -> None:
             f"slice, got {got}: wrap it in a module that returns one logit map for the background and each class, as "
             "large as the image"
         )
-
-
-def _existing(
-    logits: Float[Tensor, "slice channel *space"],
-    scores: Float[Tensor, "slice class"],
-    masks: Bool[Tensor, "slice class *space"],
-) -> Bool[Tensor, "slice class"]:
-    """Which scores are defined; one that is NaN because the logits are counts, so that it can't pass for absent."""
-    broken = ~logits.detach().isfinite().flatten(1).all(1)
-    return (region_pixels(masks) > 0) & (~scores.isnan() | broken.unsqueeze(1))
 
 
 def _finite_state(module: nn.Module) -> bool:

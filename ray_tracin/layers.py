@@ -235,11 +235,11 @@ def unit_gradients(
 
 
 def _torch_correlates(geometry: Geometry, space: Shape, positions: Shape) -> bool:
-    """Whether PyTorch has this as a convolution: padded alike on both sides, with no position to spare."""
+    """Whether PyTorch has this as a convolution: as many positions as with the padding before on both sides."""
     axes = zip(geometry.kernel, geometry.stride, geometry.dilation, geometry.padding, space, positions, strict=False)
     return math.prod(geometry.kernel) > 1 and all(
-        before == after and (length + 2 * before - step * (size - 1) - 1) // stride + 1 == count
-        for size, stride, step, (before, after), length, count in axes
+        (length + 2 * before - step * (size - 1) - 1) // stride + 1 == count
+        for size, stride, step, (before, _), length, count in axes
     )
 
 

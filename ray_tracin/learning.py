@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import pandas as pd
 import torch
-from torch import nn
 
 from ray_tracin import store as paths
 from ray_tracin.runs import FINAL, Run, pick_device
@@ -37,19 +36,17 @@ class Train(Stage[EpochKey]):
 
     def open(self) -> Callable[[EpochKey], Result]:
         """Train up to the end of an epoch and write its checkpoint."""
-        return self.open_share(0, 1, lambda network: network)
+        return self.open_share()
 
-    def open_share(
-        self, rank: int, world_size: int, wrap: Callable[[nn.Module], nn.Module]
-    ) -> Callable[[EpochKey], Result]:
-        """The same, as one of several processes; ``wrap`` averages gradients over them, and rank 0 writes."""
+    def open_share(self, rank: int = 0, **together: Any) -> Callable[[EpochKey], Result]:
+        """The same, as one of several processes (``together`` as `Trainer` takes them), of which rank 0 writes."""
         torch.set_num_threads(self.run.config.resources.training_threads)
-        trainer = build_trainer(self.run, rank, world_size, wrap)
+        trainer = build_trainer(self.run, rank=rank, **together)
         return partial(train_to, self.run, trainer, writes=rank == 0)
 
 
-def build_trainer(run: Run, rank: int, world_size: int, wrap: Callable[[nn.Module], nn.Module]) -> Trainer:
-    """A trainer on the slices of this run, before its first epoch."""
+def build_trainer(run: Run, **together: Any) -> Trainer:
+    """A trainer on the slices of this run, before its first epoch; ``together`` makes it one of several processes."""
     table = run.slices[run.slices["labelled"]]
     rows = [int(row) for row in table["slice"]]
     position = {row: place for place, row in enumerate(rows)}
@@ -67,9 +64,7 @@ def build_trainer(run: Run, rank: int, world_size: int, wrap: Callable[[nn.Modul
         config=run.config.training,
         seed=run.config.seed,
         device=pick_device(run),
-        rank=rank,
-        world_size=world_size,
-        wrap=wrap,
+        **together,
     )
 
 

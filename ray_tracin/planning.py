@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ray_tracin import store as paths
-from ray_tracin.attribution import EXPANDED_VALUES
+from ray_tracin.attribution import EXPANDED_VALUES, READ_VALUES
 from ray_tracin.config import RunConfig, build_config, parse_yaml
 from ray_tracin.folders import find_cases
 from ray_tracin.gradients import RegionDifferentiator
@@ -120,8 +120,9 @@ class Plan:
         side = self.config.influence.tile_slices
         queries, train = min(side, max(self.train, self.test)), min(side, self.train)
         need = tile_bytes(self.layout, queries, train, chunk_values=EXPANDED_VALUES, stored_itemsize=self._item_bytes)
-        # The tile as it is written, and the shards' inner chunks while they are decoded.
-        return PROCESS_BYTES + need + 2 * 4 * (self.classes * side) ** 2
+        # What is read ahead on both sides, as stored and decoded, and the tile as it is written.
+        ahead = 2 * (queries + train) * READ_VALUES * self._item_bytes
+        return PROCESS_BYTES + need + ahead + 2 * 4 * (self.classes * side) ** 2
 
     @property
     def stripe_worker_bytes(self) -> int:

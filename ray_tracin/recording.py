@@ -176,17 +176,11 @@ def _shapes(tree: Any) -> Shapes:
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Inside, gradients are recorded, float32 is float32, and every module runs through its own submodules."""
-    fast_attention = torch.backends.mha.get_fastpath_enabled()
-    # The fused attention of eval mode calls no submodule, so that their parameters would look unused.
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            # TF32, cuDNN's default, has 10 bits of mantissa.
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-        ):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_attention)
+    """Inside, gradients are recorded, and convolutions are deterministic and of full float32 precision."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        # TF32, cuDNN's default, has 10 bits of mantissa.
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+    ):
+        yield

@@ -235,8 +235,8 @@ class Trainer:
     ``train`` and ``validation`` are rows of the arrays, of slices with ground truth; ``patients`` names the patient of
     every row. No validation rows give a validation Dice of NaN.
 
-    Several processes train together when each has its ``rank`` of ``world_size`` and ``wrap`` returns a module that
-    averages gradients over them, such as DistributedDataParallel. They take parts of the same batches (`rank_part`);
+    Several processes train together when each has its ``rank`` of ``world_size``, ``wrap`` returns a module that averages
+    gradients over them, such as DistributedDataParallel, and ``average`` averages a number over them. They take parts of the same batches (`rank_part`);
     BatchNorm sees a process's own part, and so does the Dice where it is the batch's. Every process evaluates the
     whole of both splits; the record and the weights that count are those of rank 0.
     """
@@ -256,6 +256,7 @@ class Trainer:
         rank: int = 0,
         world_size: int = 1,
         wrap: Callable[[nn.Module], nn.Module] = _unwrapped,
+        average: Callable[[float], float] = float,
     ) -> None:
         assert len(train), "there are slices to train on"
         assert len(patients) == len(images), "one patient a slice"
@@ -272,6 +273,7 @@ class Trainer:
         highest = max(int(labels[row].max()) for row in (*train, *validation))
         assert highest <= self.classes, f"labels are 0 to {self.classes}, got {highest}: are these slices labelled?"
         self._network = wrap(self.model)
+        self._average = average
         self._augmentation = build_augmentation(config.augmentation, *images.shape[2:])
         self._optimizer: torch.optim.Optimizer | None = None
 
@@ -345,7 +347,7 @@ class Trainer:
             loss.backward()
             optimizer.step()
             total, slices = total + loss.item() * len(part), slices + len(part)
-        return total / slices
+        return self._average(total / slices)
 
     def _augmented(self, rows: Sequence[int], epoch: int) -> tuple[Tensor, Tensor]:
         pairs = [

@@ -114,23 +114,23 @@ class Shared(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Attention over pixels: linear layers on (slice, token, channel), and on (token, slice, channel)."""
+    """Attention over raw pixels: linear layers on (slice, token, channel), and on (token, slice, channel)."""
 
     def __init__(self, batch_first=True):
         super().__init__()
+        self.block = nn.TransformerEncoderLayer(2, 2, 16, dropout=0.1, batch_first=batch_first)
         self.embed = nn.Linear(2, 8)
-        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=batch_first)
         self.norm = nn.LayerNorm(8)
         self.head = nn.Linear(8, CLASSES + 1)
         self.batch_first = batch_first
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.embed(x.flatten(2).mT)
+        tokens = x.flatten(2).mT
         if self.batch_first:
             tokens = self.block(tokens)
         else:
             tokens = self.block(tokens.transpose(0, 1).contiguous()).transpose(0, 1)
-        return self.head(self.norm(tokens)).mT.unflatten(2, x.shape[2:])
+        return self.head(self.norm(self.embed(tokens))).mT.unflatten(2, x.shape[2:])
 
 
 class Windows(nn.Module):
@@ -172,7 +172,8 @@ def three_dimensions():
 def strided():
     """Strides that leave a remainder, dilation, groups, string padding, output padding, few positions and many."""
     return nn.Sequential(
-        nn.Conv2d(2, 8, 4, padding="same", dilation=(1, 2)),
+        nn.ConvTranspose2d(2, 3, (2, 3), dilation=2, padding=(1, 2), output_padding=(1, 1)),
+        nn.Conv2d(3, 8, 4, padding="same", dilation=(1, 2)),
         nn.Tanh(),
         nn.Conv2d(8, 12, (3, 2), stride=(2, 3), padding=(1, 2), groups=4),
         nn.BatchNorm2d(12),
@@ -203,6 +204,22 @@ def deep():
     )
 
 
+def hooked():
+    """Hooks of the network's own change what its layers read and write."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, CLASSES + 1, 1))
+    model[0].register_forward_pre_hook(_double_the_input)
+    model[2].register_forward_hook(_double_the_output)
+    return model
+
+
+def _double_the_input(_, arguments):
+    return (arguments[0] * 2,)
+
+
+def _double_the_output(_, arguments, output):
+    return output * 2
+
+
 def normalised():
     return nn.Sequential(
         parametrizations.weight_norm(nn.Conv2d(2, 6, 3, padding=1)),
@@ -220,6 +237,7 @@ NETWORKS = {
     "strided": (strided, (8, 8)),
     "deep": (deep, (8, 8)),
     "normalised and parametrised": (normalised, (8, 8)),
+    "hooked": (hooked, (8, 8)),
     "in place": (InPlace, (8, 8)),
     "unfamiliar": (Unfamiliar, (8, 8)),
     "shared": (Shared, (8, 8)),

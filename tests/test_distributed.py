@@ -17,22 +17,22 @@ from ray_tracin.stages import Event, execute_serially
 @pytest.mark.slow
 def test_two_processes_train_one_network(local_cluster: str, patients: Path, tmp_path: Path) -> None:
     events: list[Event] = []
-    overrides = [*TINY, f"data.root={patients}", "training.workers=2", "model.norm=instance"]
-    run = start_run(tmp_path / "run", preset="demo", overrides=overrides)
+    # Without batch statistics, and with SGD, which does not magnify rounding as Adam does, nothing but the order of
+    # sums sets two processes apart from one.
+    exact = ["model.norm=instance", "training={epochs: 3, adam_epochs: 1, adam_learning_rate: 1e-4}"]
+    overrides = [*TINY, *exact, f"data.root={patients}"]
+    run = start_run(tmp_path / "run", preset="demo", overrides=[*overrides, "training.workers=2"])
     with RayExecutor() as pool:
         run_to(run, "train", Executors(pool, execute_serially), events.append)
     assert [event.key for event in events if (event.stage, event.kind) == ("train", "done")] == [
-        f"epoch_{epoch:02d}" for epoch in range(1, 9)
+        f"epoch_{epoch:02d}" for epoch in range(1, 4)
     ]
     table = open_run(run.uri).table("checkpoints")
-    assert list(table["epoch"]) == list(range(1, 9))
-    # The same epochs by one process: without batch statistics only the order of the sums differs.
-    alone = start_run(
-        tmp_path / "alone", preset="demo", overrides=[*TINY, f"data.root={patients}", "model.norm=instance"]
-    )
+    assert list(table["epoch"]) == [1, 2, 3]
+    alone = start_run(tmp_path / "alone", preset="demo", overrides=overrides)
     run_to(alone, "train", Executors(execute_serially, execute_serially), lambda event: None)
-    np.testing.assert_allclose(table["loss"], alone.table("checkpoints")["loss"], rtol=1e-2)
+    np.testing.assert_allclose(table["loss"], alone.table("checkpoints")["loss"], rtol=1e-3)
     together, single = (one.model("final").state_dict() for one in (run, alone))
     for name, value in together.items():
-        torch.testing.assert_close(value, single[name], rtol=0.05, atol=0.02)
+        torch.testing.assert_close(value, single[name], rtol=1e-3, atol=1e-3)
     assert not list((tmp_path / "run/checkpoints").glob("state_*"))

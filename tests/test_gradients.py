@@ -356,6 +356,31 @@ def test_a_slice_that_is_not_finite_is_found():
     assert (caught.value.position, caught.value.class_id) == (1, 1)
 
 
+class Absorbing(nn.Module):
+    """A layer reads an infinite value that no logit and no gradient shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv2d(2, 40, 4, stride=4)
+        self.head = nn.Conv2d(2, 3, 1)
+
+    def forward(self, x):
+        wide = torch.sigmoid(self.wide(x)).mean(1, keepdim=True)
+        return self.head(x.clamp(-1, 1)) + F.interpolate(wide, scale_factor=4)
+
+
+def test_an_infinite_input_can_not_hide_in_the_factors():
+    images, labels, masks = networks.batch()
+    engine = differentiator(networks.seeded(Absorbing), images)
+    images[2, 0] = torch.inf
+    with torch.no_grad():
+        engine._model.wide.weight.abs_()
+    assert engine._model(images).isfinite().all()
+    with pytest.raises(NonFiniteGradientError) as caught:
+        engine.differentiate(images, labels, masks)
+    assert (caught.value.position, caught.value.unit) == (2, "wide")
+
+
 # How much
 
 
