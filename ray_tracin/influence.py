@@ -108,22 +108,6 @@ def sum_checkpoints(
     return total.float()
 
 
-def self_influence(influence: Float[Tensor, "class slice column"]) -> Float[Tensor, "class slice"]:
-    """The influence of every train region on itself: the diagonal of the train-influence tensor.
-
-    Raises:
-        ValueError: the columns aren't the regions of the queries, as those of the train set are.
-
-    """
-    classes, slices, columns = influence.shape
-    if columns != classes * slices:
-        raise ValueError(
-            f"expected as many columns as query regions, {classes} × {slices} = {classes * slices}, got {columns}: "
-            "self-influence is defined for the train queries, all of them at once"
-        )
-    return influence.reshape(classes * slices, columns).diagonal().reshape(classes, slices)
-
-
 def rank_influence(
     influence: Float[Tensor, " column"], k: int
 ) -> tuple[Int64[Tensor, " proponent"], Int64[Tensor, " opponent"]]:

@@ -25,7 +25,7 @@ from ray_tracin.store import IncompleteRunError, RunStore
 from ray_tracin.unet import HEAD, build_unet
 from ray_tracin.vocabulary import ranges
 
-PROCESS_BYTES = 400 << 20
+PROCESS_BYTES = 512 << 20
 """Resident size of a worker that has imported torch and holds nothing; measured on Linux, CPU build."""
 GIB = 1 << 30
 

@@ -235,10 +235,10 @@ class Trainer:
     ``train`` and ``validation`` are rows of the arrays, of slices with ground truth; ``patients`` names the patient of
     every row. No validation rows give a validation Dice of NaN.
 
-    Several processes train together when each has its ``rank`` of ``world_size``, ``wrap`` returns a module that averages
-    gradients over them, such as DistributedDataParallel, and ``average`` averages a number over them. They take parts of the same batches (`rank_part`);
-    BatchNorm sees a process's own part, and so does the Dice where it is the batch's. Every process evaluates the
-    whole of both splits; the record and the weights that count are those of rank 0.
+    Several processes train together when each has its ``rank`` of ``world_size``, ``wrap`` returns a module that
+    averages gradients over them, such as DistributedDataParallel, and ``average`` averages a number over them. They
+    take parts of the same batches (`rank_part`); BatchNorm sees a process's own part, and so does the Dice where it is the
+    batch's. Every process evaluates the whole of both splits; the weights that count are those of rank 0.
     """
 
     def __init__(  # noqa: PLR0913

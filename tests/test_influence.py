@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.influence import (
     rank_influence,
-    self_influence,
     sum_checkpoints,
     tile_bytes,
     tile_kernel,
@@ -131,18 +130,6 @@ def test_checkpoints_are_summed_in_float64():
     # In float32, 1 + 2⁻²⁵ is 1, and subtracting 1 leaves 0.
     kernels = torch.tensor([1.0, 2.0**-25, -1.0]).view(3, 1, 1, 1)
     assert sum_checkpoints(kernels, torch.ones(3)).item() == 2.0**-25
-
-
-def test_self_influence_is_the_diagonal(deep):
-    layout, values, _ = deep
-    kernel, norm2 = tile_kernel(layout, reader(values), None, chunk_values=10**6)
-    influence = sum_checkpoints(train_columns(kernel)[None], torch.tensor([0.5]))
-    assert torch.equal(self_influence(influence), norm2 * 0.5)
-
-
-def test_self_influence_needs_all_train_queries():
-    with pytest.raises(ValueError, match=r"2 × 3 = 6, got 8: self-influence is defined for the train queries"):
-        self_influence(torch.zeros(2, 3, 8))
 
 
 def test_ranking_leaves_absent_regions_out_and_breaks_ties_by_column():
