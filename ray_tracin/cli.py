@@ -318,6 +318,9 @@ def _print_result(run: Run, seconds: float) -> None:
     skipped = len(run.table("skipped"))
     if skipped:
         out.print(f"{skipped} cases were skipped; why is in {run.uri}/skipped.parquet", markup=False)
+    doubtful = run.slices.loc[run.slices["warnings"] != "", "case"].nunique()
+    if doubtful:
+        out.print(f"{doubtful} cases were read with warnings; column `warnings` of slices.parquet", markup=False)
     try:
         last = run.table("checkpoints").iloc[-1]
     except (ValueError, IndexError):

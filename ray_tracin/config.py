@@ -228,7 +228,6 @@ class RunConfig(Section):
 
         Raises:
             ValueError: training ends before the epochs that are asked for.
-
         """
         wanted = self.influence.checkpoints
         first = self.training.adam_epochs + 1
@@ -296,7 +295,6 @@ def build_config(
 
     Raises:
         ValueError: an unknown preset, an unknown key (the known ones are listed), or a value out of range.
-
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
@@ -311,7 +309,6 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
 
     Raises:
         ValueError: with one line an error, each naming the key, what was found, and what is known or expected.
-
     """
     try:
         return RunConfig.model_validate(values)
@@ -324,7 +321,6 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 
     Raises:
         ValueError: the text is no YAML, or no mapping; the message names ``where`` it came from.
-
     """
     try:
         document = yaml.safe_load(text)

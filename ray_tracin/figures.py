@@ -41,7 +41,7 @@ def draw_explanation(run: Run, found: RegionExplanation, path: Path, *, shown: i
     axes = figure.subplots(3, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    _draw_query(run, found, axes[0])
+    _draw_query(run, found, list(axes[0]))
     for row, title, ranking in ((1, "proponent", found.proponents), (2, "opponent", found.opponents)):
         for axis, line in zip(axes[row], ranking.head(shown).to_dict("records"), strict=False):
             _draw_slice(axis, run, line["slice"], line["class_id"], channel)

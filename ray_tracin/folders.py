@@ -102,7 +102,6 @@ def find_cases(config: DataConfig) -> tuple[list[Case], list[Skipped]]:
         FileNotFoundError: ``data.root`` does not exist.
         ValueError: it is not set, is empty or holds no usable case; two cases have one name; the grade or cohort
             asked for can't be told; or, under ``data.strict``, any case is skipped.
-
     """
     root = _existing_root(config)
     listing = _listing(root, config)

@@ -138,7 +138,6 @@ def render_patient(
 
     Raises:
         ValueError: a spacing that is not positive, or too coarse for a brain.
-
     """
     if not 0 < spacing <= COARSEST:
         raise ValueError(f"expected a spacing above 0 and up to {COARSEST:g} mm, got {spacing}")

@@ -79,7 +79,6 @@ class RegionDifferentiator:
     Raises:
         ValueError: the selection matches nothing; a parameter is tied between modules or used although its module is
             never called; a module mixes slices; the network doesn't give a logit map for the background and each class.
-
     """
 
     layout: Layout
@@ -144,7 +143,6 @@ class RegionDifferentiator:
         Raises:
             NonFiniteGradientError: a gradient is infinite or not a number.
             ValueError: the slices aren't as large as the example, a label is no class, or the masks don't fit.
-
         """
         if images.shape[1:] != self._image_shape or not len(images):
             raise ValueError(
@@ -201,7 +199,6 @@ class RegionDifferentiator:
 
         Raises:
             ValueError: a parameter's gradients differ; the message names all of them and says what to do.
-
         """
         empty = (region_pixels(masks) == 0).view(*masks.shape[:2], *(1,) * (masks.dim() - 2))
         masks = masks | empty

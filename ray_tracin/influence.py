@@ -31,7 +31,6 @@ def tile_kernel(
 
     Raises:
         ValueError: the rows don't have the length that the layout says.
-
     """
     assert layout.segments, "a layout without segments has no gradients"
     kernel = norm2 = torch.zeros((), dtype=torch.float64)

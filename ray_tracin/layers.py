@@ -137,7 +137,6 @@ class Layout:
 
         Raises:
             ValueError: the text is no layout.
-
         """
         try:
             return _LAYOUTS.validate_json(text)
@@ -165,7 +164,6 @@ def expand(
 
     Raises:
         ValueError: the rows are not as long as the segment.
-
     """
     if packed.shape[1] != segment.length:
         raise ValueError(

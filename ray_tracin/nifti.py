@@ -51,7 +51,6 @@ def load_scan(path: Path) -> Scan:
     Raises:
         VolumeError: the file is missing, empty, truncated, no NIfTI file or not 3D; a voxel is not finite; or the
             affine doesn't orient three axes.
-
     """
     content = _content(path)
     try:
@@ -85,7 +84,6 @@ def align(scan: Scan, reference: Scan) -> tuple[Voxels, str | None]:
 
     Raises:
         VolumeError: the shapes differ.
-
     """
     own, own_affine = reorient(scan.voxels, scan.affine)
     expected, expected_affine = reorient(reference.voxels, reference.affine)

@@ -80,7 +80,6 @@ def write_patients(
     Raises:
         ValueError: there is no patient to write, more low-grade patients than patients, an unknown edition, or a
             spacing out of range.
-
     """
     grades = patient_grades(patients, low_grade)
     cases = [
@@ -105,7 +104,6 @@ def patient_grades(patients: int, low_grade: int = 0) -> list[Grade]:
 
     Raises:
         ValueError: there is no patient, or more low-grade patients than patients.
-
     """
     if patients < 1 or not 0 <= low_grade <= patients:
         raise ValueError(f"expected at least 1 patient and low_grade from 0 to it, got {patients} and {low_grade}")
@@ -127,7 +125,6 @@ def write_patient(
 
     Raises:
         ValueError: an unknown edition, or a spacing out of range.
-
     """
     layout = _layout(edition)
     patient = render_patient(
@@ -153,7 +150,6 @@ def write_tables(folder: Path, grades: Sequence[Grade], *, edition: Edition = "2
 
     Raises:
         ValueError: an unknown edition.
-
     """
     layout = _layout(edition)
     folder.mkdir(parents=True, exist_ok=True)

@@ -229,6 +229,7 @@ def _slice_rows(entry: Mapping[str, Any], counted: Mapping[str, Result]) -> list
             "split": entry["split"],
             "index": index,
             "labelled": case.label is not None,
+            "warnings": "; ".join(entry["warnings"]),
             **{f"pixels_{c}": count for c, count in enumerate(pixels[position], start=1)},
             "source": case.source,
         }

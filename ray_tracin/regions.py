@@ -33,7 +33,6 @@ def foreground_truth(labels: Integer[Tensor, "slice *space"], classes: int) -> B
 
     Raises:
         ValueError: a label is no class.
-
     """
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= classes:
         raise ValueError(
@@ -57,7 +56,6 @@ def region_scores(
 
     Raises:
         ValueError: the masks don't have one class for each channel but the background, or a label is no class.
-
     """
     probabilities = foreground_probabilities(logits)
     if probabilities.shape != masks.shape:

@@ -52,7 +52,7 @@ class Run:
 
     @cached_property
     def slices(self) -> pd.DataFrame:
-        """``slices.parquet``: slice, patient, case, grade, split, index, labelled, pixels_1..C, source."""
+        """``slices.parquet``: slice, patient, case, grade, split, index, labelled, warnings, pixels_1..C, source."""
         return self.store.read_table(paths.SLICES)
 
     @cached_property

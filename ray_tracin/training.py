@@ -237,8 +237,8 @@ class Trainer:
 
     Several processes train together when each has its ``rank`` of ``world_size``, ``wrap`` returns a module that
     averages gradients over them, such as DistributedDataParallel, and ``average`` averages a number over them. They
-    take parts of the same batches (`rank_part`); BatchNorm sees a process's own part, and so does the Dice where it is the
-    batch's. Every process evaluates the whole of both splits; the weights that count are those of rank 0.
+    take parts of the same batches (`rank_part`); BatchNorm sees a process's own part, and so does the Dice where it
+    is the batch's. Every process evaluates the whole of both splits; the weights that count are those of rank 0.
     """
 
     def __init__(  # noqa: PLR0913
@@ -282,7 +282,6 @@ class Trainer:
 
         Raises:
             ValueError: training diverged; the network is then of no use.
-
         """
         assert self.epoch < self.config.epochs, f"training ends after epoch {self.config.epochs}"
         epoch = self.epoch + 1

@@ -55,7 +55,6 @@ class UNet(nn.Module):
 
         Raises:
             ValueError: height or width can't be halved once a level.
-
         """
         self._check_size(images)
         skips: list[Tensor] = []
@@ -154,7 +153,6 @@ def last_hidden_maps(
 
     Raises:
         ValueError: the network has no layer of that name, or doesn't run it exactly once a forward pass.
-
     """
     maps: list[Tensor] = []
     handle = _layer(model, head).register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0]))
@@ -194,7 +192,6 @@ def masked_logits(
 
     Raises:
         ValueError: the head's kernel is larger than one pixel, or there is no such filter.
-
     """
     channels, features = head_weight.shape[:2]
     if head_weight.numel() != channels * features:

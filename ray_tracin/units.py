@@ -79,7 +79,6 @@ def selected_parameters(model: nn.Module, head: str, selection: str | Sequence[s
 
     Raises:
         ValueError: no trainable parameter, a head without a trainable weight, or a pattern that matches nothing.
-
     """
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
@@ -104,7 +103,6 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a batch normalisation without running statistics, which in eval mode too normalises with those of
             the batch: the gradient of a slice would depend on which others are in its batch.
-
     """
     # A copy that is made in inference mode could never be differentiated.
     with torch.inference_mode(False):
@@ -128,7 +126,6 @@ def find_units(model: nn.Module, names: Sequence[str]) -> list[Unit]:
 
     Raises:
         ValueError: a parameter belongs to several modules (tied weights): its gradient is the sum over all of them.
-
     """
     parameters = dict(model.named_parameters())
     selected = {name: parameters[name] for name in names}

@@ -109,7 +109,6 @@ def load_volume(case: Case) -> Volume:
     Raises:
         VolumeError: a file is missing, empty, truncated or no 3D NIfTI; shapes differ; a voxel is not finite; a
             modality has no positive voxel; a label is negative or no integer.
-
     """
     warnings = list(case.notes)
     scans = {name: load_scan(path) for name, path in case.modalities.items()}
@@ -131,7 +130,6 @@ def inspect_case(case: Case, config: DataConfig) -> Inspection:
 
     Raises:
         VolumeError: as `load_volume`, and where the slices asked for can't be chosen, cropped or scaled.
-
     """
     volume = load_volume(case)
     indices = choose_slices(volume, config.slices)
@@ -151,7 +149,6 @@ def choose_slices(volume: Volume, selection: SliceSelection) -> tuple[int, ...]:
     Raises:
         VolumeError: the volume has fewer slices than asked for, or no labels where they are needed.
         ValueError: ``indices`` holds a position twice or below 0.
-
     """
     length = volume.images.shape[3]
     if selection.selection == "list":
@@ -179,7 +176,6 @@ def decide_label_scheme(values: Iterable[int], config: DataConfig, dialect: Dial
     Raises:
         ValueError: nothing is labelled, or the values don't tell the scheme (3 and 4 together, above all); or
             ``data.labels`` names the background, a class twice, or more than 255 classes.
-
     """
     if config.labels is not None:
         return LabelScheme("labels", _checked_labels(config.labels))
@@ -204,7 +200,6 @@ def cut_slices(volume: Volume, indices: Sequence[int], scheme: LabelScheme, conf
     Raises:
         VolumeError: a label value that the scheme doesn't know (anywhere in the volume), or a crop or scale that the
             volume doesn't allow.
-
     """
     images = _cut_images(volume, indices, config)
     if volume.labels is None:
@@ -220,7 +215,6 @@ def split_patients(patients: Sequence[str], split: SplitConfig, seed: int) -> di
 
     Raises:
         ValueError: there are too few patients for that.
-
     """
     names = sorted(set(patients))
     shares = (split.validation, split.test)

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.colors
+import matplotlib.image
 import nibabel
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ from conftest import TINY
 from typer.testing import CliRunner, Result
 
 from ray_tracin.cli import app
+from ray_tracin.figures import COLOURS
 from ray_tracin.runs import Run, open_run
 from ray_tracin.store import RunStore
 
@@ -234,6 +237,32 @@ def test_plan_refuses_what_does_not_fit_and_names_the_setting() -> None:
 def test_plan_needs_to_know_how_many_patients() -> None:
     done = invoke("plan", "--preset", "paper")
     assert (done.exit_code, "Give data.root (--set data.root=…) or --patients N" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["prepare", "train", "gradients", "influence", "export", "pipeline"])
+def test_jobs_are_the_commands(tiny_run: Run, name: str) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), "--run", tiny_run.uri, "--set", "seed=4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "seed: 0 → 4" in done.stderr
+
+
+def test_an_explanation_is_drawn(tiny_run: Run, tmp_path: Path) -> None:
+    regions = tiny_run.table("regions")
+    there = regions[regions.pixels > 0].iloc[0]
+    row = tiny_run.slices.set_index("slice").loc[there.slice]
+    ask = ["explain", "--run", tiny_run.uri, "--patient", row.patient, "--index", str(row["index"])]
+    picture = tmp_path / "picture.png"
+    done = invoke(*ask, "--class", tiny_run.classes[int(there["class"]) - 1], "--out", str(picture))
+    assert done.exit_code == 0, done.stderr
+    pixels = matplotlib.image.imread(picture)
+    colour = np.asarray(matplotlib.colors.to_rgb(COLOURS[int(there["class"]) - 1]))
+    # The region is painted over a slice: grey is mixed with its colour, so channels differ as they do in the colour.
+    tinted = np.abs((pixels[..., 0] - pixels[..., 2]) - 0.45 * (colour[0] - colour[2])) < 0.02
+    assert tinted.sum() > 10
+    missing = invoke(*ask, "--class", tiny_run.classes[int(there["class"]) - 1], "--out", str(tmp_path / "no/x.png"))
+    assert missing.exit_code == 1
+    assert "no/x.png" in missing.stderr
 
 
 # Killed and started again.

@@ -1,6 +1,7 @@
 """The whole run against the contract of its files and an independent oracle; the same bits however it is run."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from conftest import TINY
 
 import ray_tracin
 from ray_tracin.datasets import execute_on_ray_data
+from ray_tracin.explanation import explain_region
 from ray_tracin.pipeline import Executors, run_to, status, verify
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor
@@ -301,6 +303,36 @@ def test_shards_that_are_not_kept_are_freed_and_not_missed(tiny_run: Run, patien
     assert {event.key.split("/")[0] for event in done if event.stage == "gradients"} == {"epoch_08"}
     assert [event.stage for event in done if event.stage != "gradients"] == ["tiles", "influence"]
     assert bits(run) == kept
+
+
+def test_a_patient_without_ground_truth_is_a_query_and_says_so(patients: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(patients, tmp_path / "patients"))
+    case = sorted((root / "HGG").iterdir())[0]
+    (case / f"{case.name}_seg.nii.gz").unlink()
+    run = start_run(tmp_path / "run", preset="demo", overrides=[*TINY, f"data.root={root}"])
+    finish(run, "influence")
+    table = run.slices
+    mine = table[table.case == case.name]
+    assert (mine.split == "test").all()
+    assert not mine.labelled.any()
+    queries = run.query_slices("test")
+    assert set(mine.slice) <= set(queries)
+    assert not set(mine.slice) & set(run.train_slices)
+    assert run.influence("test").attrs["unlabelled_slices"] == list(mine.slice)
+    regions = run.table("regions").merge(mine[["slice"]])
+    there = regions[regions.pixels > 0]
+    assert len(there) > 0
+    assert (there.overlap == 1).all(), "the prediction stands in for the truth"
+    explained = explain_region(run, case.name, *_first_region(run, there))
+    assert "this slice has no ground truth: the network's own prediction stands in for it" in explained.warnings
+    position = queries.index(explained.slice)
+    row = tensor(run, "test")[explained.class_id - 1, position]
+    assert explained.proponents.influence.iloc[0] == row[~row.isnan()].max().item()
+
+
+def _first_region(run: Run, regions: pd.DataFrame) -> tuple[int, str]:
+    first = regions.iloc[0]
+    return int(run.slices.set_index("slice").loc[first.slice, "index"]), run.classes[int(first["class"]) - 1]
 
 
 @pytest.mark.ray
