@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from ray_tracin import store as paths
 from ray_tracin.explanation import RegionExplanation
@@ -80,7 +81,8 @@ def _draw_slice(axis: Axes, run: Run, row: int, class_id: int, channel: int) -> 
     region = run.store.read(paths.MASKS, selection)[0, 0]
     axis.imshow(_painted(image, region, COLOURS[(class_id - 1) % len(COLOURS)]), interpolation="nearest")
     if truth.any():
-        axis.contour(truth, levels=[0.5], colors="white", linewidths=0.7)
+        line = axis.contour(truth, levels=[0.5], colors="white", linewidths=0.7)
+        line.set(path_effects=[withStroke(linewidth=1.6, foreground="black")])  # white alone is lost on bright tumours
 
 
 def _painted(image: Array, region: Array, colour: str) -> Array:
