@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 from ray_tracin.cli import app
 from ray_tracin.figures import COLOURS
+from ray_tracin.planning import plan_of
 from ray_tracin.runs import Run, open_run
 from ray_tracin.store import RunStore
 
@@ -232,6 +233,18 @@ def test_plan_refuses_what_does_not_fit_and_names_the_setting() -> None:
     assert done.exit_code == 1
     assert re.search(r"a worker of gradients needs .* GiB, resources\.memory_per_worker is 2\.00 GiB", done.stderr)
     assert "influence.tile_slices" in done.stderr
+
+
+def test_the_plan_covers_what_the_run_measured(tiny_run: Run) -> None:
+    plan = plan_of(tiny_run)
+    assert (plan.train, plan.test, plan.classes) == (20, 4, 3)
+    root = Path(tiny_run.uri)
+    shards = sum(path.stat().st_size for path in root.glob("gradients.zarr/epoch_07/*/c/**/*") if path.is_file())
+    assert plan.shard_bytes <= shards <= 1.3 * plan.shard_bytes
+    whole = sum(path.stat().st_size for path in root.glob("**/*") if path.is_file())
+    receipts = sum(path.stat().st_size for path in root.glob("receipts/**/*") if path.is_file())
+    assert plan.kept_bytes <= 2 * (whole - receipts)
+    assert plan.tiles == len(tiny_run.store.receipts("tiles")) / 2
 
 
 def test_plan_needs_to_know_how_many_patients() -> None:
