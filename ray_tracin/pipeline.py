@@ -78,10 +78,9 @@ def _gradients(run: Run, executors: Executors, listen: Listener) -> None:
 
 
 def _influence(run: Run, executors: Executors, listen: Listener) -> None:
-    if not _complete(AssembleStripes(run)):
-        epochs = run.config.influence_epochs()
-        for group in [epochs] if run.config.gradients.keep else [(epoch,) for epoch in epochs]:
-            _tiles_of(run, group, executors, listen)
+    epochs = run.config.influence_epochs()
+    for group in [epochs] if run.config.gradients.keep else [(epoch,) for epoch in epochs]:
+        _tiles_of(run, group, executors, listen)
     complete(AssembleStripes(run), executors.pool, listen)
     complete(TabulateSelfInfluence(run), executors.pool, listen)
 
@@ -89,12 +88,13 @@ def _influence(run: Run, executors: Executors, listen: Listener) -> None:
 def _tiles_of(run: Run, epochs: tuple[int, ...], executors: Executors, listen: Listener) -> None:
     tiles = ComputeTiles(run, epochs)
     done = sound_receipts(run, tiles.name)
-    missing = sorted({key.epoch for key in tiles.keys() if str(key) not in done})  # noqa: SIM118
+    missing = tuple(sorted({key.epoch for key in tiles.keys() if str(key) not in done}))  # noqa: SIM118
     if missing:
         refuse_what_does_not_fit(run)
-        complete(Differentiate(run, tuple(missing)), executors.pool, listen)
-        complete(tiles, executors.pool, listen)
-    if not run.config.gradients.keep:
+    keep = run.config.gradients.keep
+    complete(Differentiate(run, epochs if keep else missing), executors.pool, listen)
+    complete(tiles, executors.pool, listen)
+    if not keep:
         release_gradients(run, epochs)
 
 

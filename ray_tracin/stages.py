@@ -132,13 +132,14 @@ def complete(stage: Stage[Any], execute: Executor, listen: Listener) -> None:
         StageError: some keys failed; all others were done.
     """
     keys = stage.keys()
-    receipts = done_receipts(stage)
-    finished = {key for key, receipt in receipts.items() if not receipt.released}
+    finished = {key for key, receipt in done_receipts(stage).items() if not receipt.released}
     pending = [key for key in keys if str(key) not in finished]
     done, total = len(keys) - len(pending), len(keys)
+    _ensure_layout(stage)
+    if not keys:
+        return
     listen(Event(stage.name, "begin", done, total))
     if pending:
-        _ensure_layout(stage)
 
         def report(key: Any) -> None:
             nonlocal done

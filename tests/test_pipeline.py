@@ -15,7 +15,7 @@ from conftest import TINY
 import ray_tracin
 from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explanation import explain_region
-from ray_tracin.pipeline import Executors, run_to, status, verify
+from ray_tracin.pipeline import STEPS, Executors, run_to, status, verify
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor
 from ray_tracin.stages import Event, execute_serially
@@ -23,7 +23,7 @@ from ray_tracin.stages import Event, execute_serially
 SERIAL = Executors(execute_serially, execute_serially)
 
 
-def finish(run: Run, step: str = "export", executors: Executors = SERIAL) -> list[Event]:
+def finish(run: Run, step: str = STEPS[-1], executors: Executors = SERIAL) -> list[Event]:
     events: list[Event] = []
     run_to(run, step, executors, events.append)
     return [event for event in events if event.kind == "done"]
@@ -278,7 +278,7 @@ def test_verify_finds_damage_and_strays_and_the_next_run_mends_it(tiny_run: Run)
         [*victims, "gradients.zarr/epoch_07/train/c/1/0"]
     )
     (root / "tables/stray.parquet").unlink()
-    done = finish(open_run(tiny_run.uri), "gradients") + finish(open_run(tiny_run.uri))
+    done = finish(open_run(tiny_run.uri))
     assert [event.stage for event in done] == ["cut", "train", "region-table", "gradients", "influence"]
     assert bits(tiny_run) == before
     assert verify(open_run(tiny_run.uri)) == {}
@@ -344,5 +344,5 @@ def test_the_bits_do_not_depend_on_workers_or_ray(
     run = start_run(tmp_path / "run", preset="demo", overrides=overrides)
     with RayExecutor() as pool:
         finish(run, "influence", Executors(pool, execute_serially))
-    finish(run, "export", Executors(execute_serially, execute_on_ray_data))
+    finish(run, executors=Executors(execute_serially, execute_on_ray_data))
     assert bits(run) == bits(tiny_run)
