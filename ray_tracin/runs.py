@@ -204,6 +204,8 @@ def start_run(
         document = _stored_document(store)
     wanted = build_config(preset, document, overrides)
     differences = stored.config.differences(wanted)
+    if differences and not store.objects.sizes(paths.RECEIPTS):
+        return _begin(store, wanted)  # Nothing was computed: a mistyped setting must not cost the folder.
     if differences:
         listed = "\n  ".join(differences)
         raise ValueError(

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from ray_tracin.runs import open_run, start_run
+from ray_tracin.store import Receipt
 
 
 def test_a_run_that_exists_needs_no_configuration_again(tmp_path: Path) -> None:
@@ -12,8 +13,16 @@ def test_a_run_that_exists_needs_no_configuration_again(tmp_path: Path) -> None:
     assert start_run(tmp_path / "run", overrides=["resources.workers=1"]).config.resources.workers == 1
 
 
+def test_before_anything_is_computed_the_configuration_may_be_mended(tmp_path: Path) -> None:
+    start_run(tmp_path / "run", preset="demo", overrides=["data.root=/mistyped"])
+    mended = start_run(tmp_path / "run", overrides=["data.root=/right"])
+    assert open_run(tmp_path / "run").config == mended.config
+    assert mended.config.data.root == "/right"
+
+
 def test_another_configuration_is_refused_with_every_difference(tmp_path: Path) -> None:
-    start_run(tmp_path / "run", preset="demo")
+    run = start_run(tmp_path / "run", preset="demo")
+    run.store.write_receipt(Receipt("inspect", "case", run.fingerprint))
     message = r"has another configuration[\s\S]*model\.width: 8 → 16[\s\S]*seed: 0 → 9[\s\S]*give another --run"
     with pytest.raises(ValueError, match=message):
         start_run(tmp_path / "run", overrides=["seed=9", "model.width=16"])
