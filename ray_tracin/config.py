@@ -244,8 +244,13 @@ class RunConfig(Section):
         return _without_speed(self)
 
     def fingerprint(self) -> str:
-        """SHA-256 of what changes the answer, in hexadecimal."""
-        text = json.dumps({"format": FORMAT_VERSION, **self.answer()}, sort_keys=True, separators=(",", ":"))
+        """SHA-256 of what changes the answer and is not at its default, in hexadecimal.
+
+        Defaults are left out, so that a release that adds settings goes on with the runs of earlier ones.
+        """
+        usual = _flat(RunConfig().answer())
+        chosen = {key: value for key, value in _flat(self.answer()).items() if value != usual.get(key)}
+        text = json.dumps({"format": FORMAT_VERSION, **chosen}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def differences(self, other: "RunConfig") -> list[str]:
