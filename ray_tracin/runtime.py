@@ -180,7 +180,9 @@ def _resource_options(stage: Stage[Any], cpus: float) -> dict[str, Any]:
     """What one worker of the stage holds: a share of a GPU where there are GPUs and the stage uses them, else CPUs."""
     resources = stage.run.config.resources
     gpus = ray.cluster_resources().get("GPU", 0)
-    if stage.uses_gpu and resources.device != "cpu" and gpus:
+    # On a cluster that grows on demand there may be no GPU until one is asked for.
+    wanted = resources.device == "cuda" or (resources.device == "auto" and gpus)
+    if stage.uses_gpu and wanted:
         # A GPU worker must not hold a CPU for life: plain tasks beside it would starve on a small node.
         return {"num_gpus": resources.gpus_per_worker, "num_cpus": 0}
     return {"num_cpus": cpus}
