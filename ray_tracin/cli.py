@@ -155,6 +155,10 @@ _HELP = {
     "gradients": "Compute the region gradients of every checkpoint.",
     "influence": "Assemble the influence tensors.",
     "export": "Write the influence tables.",
+    "explainers": "Rank the proponents and opponents of every region, find the global explainers.",
+    "features": "Measure how important every latent feature is along the rankings.",
+    "ablation": "Mask latent features, and measure what the prediction loses.",
+    "figures": "Draw the paper's figures from this run.",
 }
 for _step in STEPS:
     app.command(_step, help=f"{_HELP[_step]} Completes what it needs, resumes where it stands.")(step_command(_step))

@@ -178,6 +178,34 @@ class InfluenceConfig(Section):
         return self
 
 
+class FeaturesConfig(Section):
+    """When a latent feature counts as predictive (section 3.4), and what its masking is compared with."""
+
+    importance: Probability = 0.65
+    """A predictive feature's importance at the first proponent is above this."""
+    significance: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    """Chance that the F-tests, which tell trends from noise, leave to noise."""
+    smallest_change: NonNegative = 0.05
+    """A trend whose importance changes less than this over all ranks is flat."""
+    random_sets: Annotated[int, Field(ge=0)] = 20
+    """Random sets of features that are masked for comparison, a class."""
+
+
+class ExplainersConfig(Section):
+    """Section 3.5 of the paper: global explainers, and the rankings without them."""
+
+    score: Literal["raw", "cosine"] = "raw"
+    """What ranks: influence (eq. 6), or its cosine, which doesn't favour regions with large gradients."""
+    list_length: PositiveInt = 20
+    """Places of the lists in which a train region's share is counted."""
+    max_share: Probability = 0.3
+    """A train region that stands in a larger share of a query class's lists is a global explainer."""
+    top_k: PositiveInt = 20
+    """Proponents and opponents that are kept of each query region, global explainers not counted."""
+    class_list: PositiveInt = 10
+    """Proponents whose classes are counted (figure 5), without global explainers."""
+
+
 class ResourcesConfig(Section):
     """What a run may use. Nothing here changes the answer."""
 
@@ -210,6 +238,8 @@ class RunConfig(Section):
     regions: RegionsConfig = RegionsConfig()
     gradients: GradientsConfig = GradientsConfig()
     influence: InfluenceConfig = InfluenceConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    explainers: ExplainersConfig = ExplainersConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
     @model_validator(mode="after")
@@ -219,6 +249,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.size must be a multiple of {smallest} for a UNet of {self.model.depth} levels, "
                 f"got {self.data.size}"
+            )
+        if self.explainers.score == "cosine" and "train" not in self.influence.query_sets:
+            raise ValueError(
+                "explainers.score is cosine, which needs the gradient norms of the train regions: add train to "
+                f"influence.query_sets, got {list(self.influence.query_sets)}"
             )
         self.influence_epochs()
         return self

@@ -1,30 +1,38 @@
-"""Pictures of a run, as one would print them: the explanation of a region among the training slices behind it.
+"""Pictures of a run, as one would print them: the paper's figures, and the explanation of a region.
 
 Slices are drawn as radiologists see them: anterior at the top, the patient's left on the right. Colours are those of
 Okabe and Ito, which colour-blind readers can tell apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import matplotlib
 import numpy as np
+from jaxtyping import Float
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import Colormap, SymLogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from ray_tracin import store as paths
+from ray_tracin.charts import class_colours, draw_feature_curves, draw_feature_impact, draw_proponent_classes
 from ray_tracin.explanation import RegionExplanation
 from ray_tracin.runs import Run
+from ray_tracin.stages import Result, Stage
 from ray_tracin.store import Array
+from ray_tracin.vocabulary import ranges
 
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-"""Of the classes, in order."""
 REGION_OPACITY = 0.45
 TILE_INCHES = 1.75
 DPI = 150
+MATRIX_PIXELS = 1800
+"""Side of the drawn train-influence matrix at the most; a larger one is averaged in blocks."""
+SCALE_QUANTILES = (0.5, 0.995)
+"""Of the absolute influence: below the first the colour scale is linear, at the second it ends."""
 
 
 def draw_explanation(run: Run, found: RegionExplanation, path: Path, *, shown: int = 4, modality: str = "") -> None:
@@ -54,8 +62,130 @@ def draw_explanation(run: Run, found: RegionExplanation, path: Path, *, shown: i
         f"{found.overlap:.2f}",
         fontsize=9,
     )
-    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
-        figure.savefig(path, dpi=DPI, metadata={"Software": "ray_tracin"})
+    path.write_bytes(_png(figure))
+
+
+@dataclass(frozen=True)
+class DrawFigures(Stage[str]):
+    """The paper's figures from this run, as PNG in ``figures/``."""
+
+    name: ClassVar[str] = "figures"
+    light: ClassVar[bool] = True
+
+    def keys(self) -> Sequence[str]:
+        """The figures by their numbers in the paper."""
+        return [name for name in FIGURES if _NEEDS.get(name, set()) <= set(self.run.query_sets)]
+
+    def open(self) -> Callable[[str], Result]:
+        """Draw one and write it."""
+
+        def draw(key: str) -> Result:
+            self.run.store.write_bytes(f"figures/{key}.png", _png(FIGURES[key](self.run)))
+            return {}
+
+        return draw
+
+
+def draw_modalities(run: Run) -> Figure:
+    """Figure 1: a train slice with every class, in every modality, and its labels."""
+    table = run.slices[run.slices["split"] == "train"]
+    # The smallest class is the largest there: a slice on which all of them can be seen.
+    scarcest = table[[f"pixels_{class_id}" for class_id in range(1, len(run.classes) + 1)]].to_numpy().min(axis=1)
+    row = int(table["slice"].to_numpy()[scarcest.argmax()])
+    panels = len(run.modalities) + 1
+    figure = Figure(figsize=(panels * TILE_INCHES, TILE_INCHES + 0.75), layout="constrained", facecolor="white")
+    axes = list(figure.subplots(1, panels))
+    images, labels = run.images([row])[0], run.labels([row])[0]
+    for axis, image, name in zip(axes, [*images, images[-1]], [*run.modalities, "labels"], strict=True):
+        axis.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        axis.set_title(name, fontsize=8)
+        axis.set_axis_off()
+    for class_id, name in enumerate(run.classes, start=1):
+        colour = class_colours(class_id)[-1]
+        overlay = np.zeros((*labels.shape, 4))
+        overlay[labels == class_id] = (*to_rgb(colour), 0.75)
+        axes[-1].imshow(overlay, interpolation="nearest")
+        axes[-1].plot([], [], "s", color=colour, label=name)
+    figure.legend(loc="outside lower center", ncols=len(run.classes), fontsize=7, frameon=False)
+    return figure
+
+
+def draw_influence_matrix(run: Run) -> Figure:
+    """Figure 4: the train-influence tensor as a matrix of class blocks, white where there is no region.
+
+    Colours are linear around 0 and logarithmic beyond the median, because influence has heavy tails. Values of a
+    matrix that is larger than the picture are averaged in blocks, absent regions left out.
+    """
+    matrix, (linear, end) = reduced_matrix(run, MATRIX_PIXELS), _scale(run)
+    classes, side = len(run.classes), matrix.shape[0]
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained", facecolor="white")
+    axis = figure.subplots()
+    drawn = axis.imshow(
+        matrix, cmap=_diverging(), norm=SymLogNorm(linear, vmin=-end, vmax=end), interpolation="nearest"
+    )
+    middles = [(position + 0.5) * side / classes - 0.5 for position in range(classes)]
+    axis.set_xticks(middles, run.classes)
+    axis.set_yticks(middles, run.classes, rotation=90, va="center")
+    axis.tick_params(length=0)
+    for border in range(1, classes):
+        axis.axhline(border * side / classes - 0.5, color="black", linewidth=0.6)
+        axis.axvline(border * side / classes - 0.5, color="black", linewidth=0.6)
+    axis.set_xlabel(f"train region (class, slice; {len(run.train_slices)} slices)")
+    axis.set_ylabel("query region (class, slice)")
+    figure.colorbar(drawn, ax=axis, label="influence", shrink=0.85)
+    return figure
+
+
+def reduced_matrix(run: Run, pixels: int) -> Float[np.ndarray, "row column"]:
+    """The train-influence matrix averaged over blocks to at most so many rows; NaN where no pair of regions is.
+
+    Read a range of queries at a time. Blocks don't cross class borders.
+    """
+    classes, n = len(run.classes), len(run.train_slices)
+    block = max(1, -(-classes * n // pixels))
+    rows = []
+    for class_id in range(classes):
+        for start, stop in ranges(n, block):
+            part = run.influence("train")[class_id, start:stop, :]
+            columns = np.asarray(part, dtype=np.float64).reshape(stop - start, classes, n)
+            edges = [first for first, _ in ranges(n, block)]
+            there = np.add.reduceat((~np.isnan(columns)).sum(axis=0), edges, axis=1)
+            total = np.add.reduceat(np.nansum(columns, axis=0), edges, axis=1)
+            # 0 / 0 is NaN, which is what a block without a region is.
+            with np.errstate(invalid="ignore"):
+                rows.append((total / there).ravel())
+    return np.stack(rows)
+
+
+def _scale(run: Run) -> tuple[float, float]:
+    sizes = np.abs(np.asarray(run.influence("train")[:, :: max(1, len(run.train_slices) // 200), :]))
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+    if not sizes.size:
+        return 1.0, 10.0
+    linear, end = (float(value) for value in np.quantile(sizes, SCALE_QUANTILES))
+    return linear, max(end, 10 * linear)
+
+
+def _diverging() -> Colormap:
+    return colormaps["PuOr_r"].with_extremes(bad="white")
+
+
+FIGURES: dict[str, Callable[[Run], Figure]] = {
+    "figure_1": draw_modalities,
+    "figure_4": draw_influence_matrix,
+    "figure_5": draw_proponent_classes,
+    "figure_6": draw_feature_curves,
+    "figure_7": draw_feature_impact,
+}
+"""By their numbers in the paper."""
+_NEEDS: dict[str, set[str]] = {"figure_4": {"train"}, "figure_6": {"test"}, "figure_7": {"test"}}
+"""The query sets without which a figure has nothing to show."""
+
+
+def _png(figure: Figure) -> bytes:
+    sink = BytesIO()
+    figure.savefig(sink, format="png", dpi=DPI, metadata={"Software": "ray_tracin"})
+    return sink.getvalue()
 
 
 def _channel(run: Run, modality: str) -> int:
@@ -79,7 +209,7 @@ def _draw_slice(axis: Axes, run: Run, row: int, class_id: int, channel: int) -> 
     truth = run.labels([row])[0] == class_id
     selection = (slice(row, row + 1), slice(class_id - 1, class_id), *(slice(0, length) for length in image.shape))
     region = run.store.read(paths.MASKS, selection)[0, 0]
-    axis.imshow(_painted(image, region, COLOURS[(class_id - 1) % len(COLOURS)]), interpolation="nearest")
+    axis.imshow(_painted(image, region, class_colours(class_id)[-1]), interpolation="nearest")
     if truth.any():
         line = axis.contour(truth, levels=[0.5], colors="white", linewidths=0.7)
         line.set(path_effects=[withStroke(linewidth=1.6, foreground="black")])  # white alone is lost on bright tumours

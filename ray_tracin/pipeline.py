@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_tracin import store as paths
+from ray_tracin.ablation import Ablate, TabulateImpact
 from ray_tracin.assembly import AssembleStripes, ExportInfluence, TabulateSelfInfluence
 from ray_tracin.attribution import ComputeTiles, Differentiate
+from ray_tracin.explaining import CountLists, RankQueries, TabulateGlobalExplainers, TabulateRankings
+from ray_tracin.featuring import MapFeatures, RankFeatures, TabulateFeatures
+from ray_tracin.figures import DrawFigures
 from ray_tracin.learning import TabulateCheckpoints, Train, drop_states
 from ray_tracin.mapping import MapRegions, TabulateRegions
 from ray_tracin.planning import plan_of
@@ -20,7 +24,7 @@ from ray_tracin.stages import LAYOUT, Executor, Listener, Stage, complete, sound
 from ray_tracin.store import Receipt
 from ray_tracin.vocabulary import checkpoint_name
 
-STEPS = ("prepare", "train", "gradients", "influence", "export")
+STEPS = ("prepare", "train", "gradients", "influence", "export", "explainers", "features", "ablation", "figures")
 """The commands, in order."""
 
 
@@ -120,12 +124,36 @@ def _export(run: Run, executors: Executors, listen: Listener) -> None:
     complete(ExportInfluence(run), executors.tables, listen)
 
 
+def _explainers(run: Run, executors: Executors, listen: Listener) -> None:
+    for stage in (CountLists(run), TabulateGlobalExplainers(run), RankQueries(run), TabulateRankings(run)):
+        complete(stage, executors.tables, listen)
+
+
+def _features(run: Run, executors: Executors, listen: Listener) -> None:
+    complete(MapFeatures(run), executors.pool, listen)
+    for stage in (RankFeatures(run), TabulateFeatures(run)):
+        complete(stage, executors.tables, listen)
+
+
+def _ablation(run: Run, executors: Executors, listen: Listener) -> None:
+    for stage in (Ablate(run), TabulateImpact(run)):
+        complete(stage, executors.pool, listen)
+
+
+def _figures(run: Run, executors: Executors, listen: Listener) -> None:
+    complete(DrawFigures(run), executors.pool, listen)
+
+
 _STEPS: dict[str, Callable[[Run, Executors, Listener], None]] = {
     "prepare": _prepare,
     "train": _train,
     "gradients": _gradients,
     "influence": _influence,
     "export": _export,
+    "explainers": _explainers,
+    "features": _features,
+    "ablation": _ablation,
+    "figures": _figures,
 }
 
 
@@ -146,6 +174,16 @@ def all_stages(run: Run) -> list[Stage[Any]]:
         AssembleStripes(run),
         TabulateSelfInfluence(run),
         ExportInfluence(run),
+        CountLists(run),
+        TabulateGlobalExplainers(run),
+        RankQueries(run),
+        TabulateRankings(run),
+        MapFeatures(run),
+        RankFeatures(run),
+        TabulateFeatures(run),
+        Ablate(run),
+        TabulateImpact(run),
+        DrawFigures(run),
     ]
 
 

@@ -47,6 +47,13 @@ INFLUENCE = "influence.zarr"
 TILES = "tiles.zarr"
 INFLUENCE_TABLE = "tables/influence"
 SELF_INFLUENCE = "tables/self_influence.parquet"
+GLOBAL_EXPLAINERS = "tables/global_explainers.parquet"
+EXPLAINER_PARTS = "explainers"
+FEATURES = "features.zarr"
+FEATURE_IMPORTANCE = "tables/feature_importance.parquet"
+FEATURE_TRENDS = "tables/feature_trends.parquet"
+FEATURE_IMPACT = "tables/feature_impact.parquet"
+FEATURE_SET_IMPACT = "tables/feature_set_impact.parquet"
 
 Selection = tuple[slice, ...]
 Array = npt.NDArray[Any]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ray_tracin.phantom import write_patients
-from ray_tracin.pipeline import Executors, run_to
+from ray_tracin.pipeline import STEPS, Executors, run_to
 from ray_tracin.runs import Run, start_run
 from ray_tracin.stages import execute_serially
 
@@ -50,5 +50,5 @@ def patients(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_run(patients: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run, made by one process without a cluster."""
     run = start_run(tmp_path_factory.mktemp("tiny") / "run", preset="demo", overrides=[*TINY, f"data.root={patients}"])
-    run_to(run, "export", Executors(execute_serially, execute_serially), lambda event: None)
+    run_to(run, STEPS[-1], Executors(execute_serially, execute_serially), lambda event: None)
     return run

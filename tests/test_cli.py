@@ -18,8 +18,9 @@ import pytest
 from conftest import TINY
 from typer.testing import CliRunner, Result
 
+from ray_tracin.charts import COLOURS
 from ray_tracin.cli import app
-from ray_tracin.figures import COLOURS
+from ray_tracin.pipeline import STEPS
 from ray_tracin.planning import plan_of
 from ray_tracin.runs import Run, open_run
 from ray_tracin.store import RunStore
@@ -252,7 +253,7 @@ def test_plan_needs_to_know_how_many_patients() -> None:
     assert (done.exit_code, "Give data.root (--set data.root=…) or --patients N" in done.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("name", ["prepare", "train", "gradients", "influence", "export", "pipeline"])
+@pytest.mark.parametrize("name", [*STEPS, "pipeline"])
 def test_jobs_are_the_commands(tiny_run: Run, name: str) -> None:
     command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), "--run", tiny_run.uri, "--set", "seed=4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -303,7 +304,18 @@ def receipts_of(run: Path, stage: str) -> int:
     return len(list((run / "receipts" / stage).glob("**/*.json")))
 
 
-KILLED = {"inspect": 1, "cut": 2, "train": 3, "regions": 0, "gradients": 5, "tiles": 7, "influence": 1, "export": 1}
+KILLED = {
+    "inspect": 1,
+    "cut": 2,
+    "train": 3,
+    "regions": 0,
+    "gradients": 5,
+    "tiles": 7,
+    "influence": 1,
+    "export": 1,
+    "rankings": 1,
+    "ablation": 0,
+}
 """The stages in which the driver is killed, and after how many of their keys."""
 
 

@@ -37,7 +37,7 @@ def test_an_unknown_key_is_named_with_the_known_ones() -> None:
         build_config("demo", {"training": {"epoch": 3}})
     with pytest.raises(ValueError, match=r"unknown setting 'data\.slices\.x'; known here: count, indices, selection"):
         build_config("demo", None, ["data.slices.x=1"])
-    with pytest.raises(ValueError, match=r"unknown setting 'optimizer'; known here: data, gradients"):
+    with pytest.raises(ValueError, match=r"unknown setting 'optimizer'; known here: data, explainers, features, gr"):
         build_config("demo", {"optimizer": 1})
 
 

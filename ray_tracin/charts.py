@@ -1,0 +1,147 @@
+"""The paper's figures that are drawn from tables: proponent classes, feature curves, the impact of features.
+
+Colours are those of `figures`; what a class or a set is called stands beside its colour.
+"""
+
+from collections.abc import Sequence
+from itertools import cycle
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import gaussian_kde, permutation_test
+
+from ray_tracin.featuring import POOLED
+from ray_tracin.runs import Run
+
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+"""Of the classes, in order (Okabe and Ito)."""
+PREDICTIVE, OTHERS = "#0072B2", "#999999"
+SHOWN_TRENDS = ("u_shaped", "linear", "flat", "inverted_u")
+PERMUTATIONS = 9999
+
+
+def class_colours(count: int) -> list[str]:
+    """A colour for each class; they repeat after the seventh."""
+    return [colour for colour, _ in zip(cycle(COLOURS), range(count), strict=False)]
+
+
+def draw_proponent_classes(run: Run) -> Figure:
+    """Figure 5: the classes of the top proponents of each query class, global explainers left out."""
+    table = run.table("proponent_classes")
+    sets = list(dict.fromkeys(table["query_set"]))
+    figure = Figure(figsize=(3.2 * len(sets) + 0.8, 3.0), layout="constrained", facecolor="white")
+    for axis, query_set in zip(figure.subplots(1, len(sets), squeeze=False, sharey=True)[0], sets, strict=True):
+        shares = table[table["query_set"] == query_set].pivot(
+            index="query_class", columns="train_class", values="share"
+        )
+        left = np.zeros(len(shares))
+        for train_class, colour in zip(shares.columns, class_colours(len(run.classes)), strict=True):
+            values = shares[train_class].to_numpy(dtype=float)
+            axis.bar(list(run.classes), values, bottom=left, color=colour, label=run.classes[int(train_class) - 1])
+            left = left + np.where(np.isnan(values), 0, values)
+        axis.set_title(f"{query_set} queries", fontsize=9)
+        axis.set_xlabel("class of the query")
+        axis.set_ylim(0, 1)
+    figure.axes[0].set_ylabel(f"share of the top {run.config.explainers.class_list} proponents")
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", title="their class", fontsize=8, frameon=False)
+    return figure
+
+
+def draw_feature_curves(run: Run) -> Figure:
+    """Figure 6: importance against rank (eq. 8, pooled over train classes) of four features, with their trends.
+
+    For each of the trends ``u_shaped``, ``linear``, ``flat`` and ``inverted_u`` the feature whose first importance is
+    largest; where a run lacks one, the next most important features fill up.
+    """
+    trends = run.table("feature_trends")
+    chosen = _chosen_features(trends[(trends["train_class"] == POOLED) & (trends["trend"] != "dead")])
+    curves = run.table("feature_importance")
+    curves = curves[curves["train_class"] == POOLED]
+    figure = Figure(figsize=(9.6, 2.7), layout="constrained", facecolor="white")
+    axes = list(figure.subplots(1, len(SHOWN_TRENDS), sharey=True))
+    for axis, line in zip(axes, chosen.to_dict("records"), strict=False):
+        mine = curves[(curves["feature"] == line["feature"]) & (curves["query_class"] == line["query_class"])]
+        _draw_curve(axis, mine["rank"].to_numpy(dtype=float), mine["importance"].to_numpy(dtype=float))
+        name = run.classes[int(line["query_class"]) - 1]
+        mark = ", predictive" if line["predictive"] else ""
+        axis.set_title(f"feature {line['feature']}, {name}\n{line['trend']}{mark}", fontsize=8)
+        axis.set_xlabel("rank (proponents first)", fontsize=8)
+    axes[0].set_ylabel("importance", fontsize=8)
+    for axis in axes[len(chosen) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def _chosen_features(trends: pd.DataFrame) -> pd.DataFrame:
+    ordered = trends.sort_values("importance_first", ascending=False, kind="stable")
+    firsts = [ordered[ordered["trend"] == trend].head(1) for trend in SHOWN_TRENDS]
+    best = pd.concat([*firsts, ordered]).drop_duplicates(["feature", "query_class"])
+    return best.head(len(SHOWN_TRENDS))
+
+
+def _draw_curve(axis: Axes, rank: Float[np.ndarray, " rank"], importance: Float[np.ndarray, " rank"]) -> None:
+    axis.plot(rank, importance, ".", color=OTHERS, markersize=2)
+    for degree, style in ((1, "--"), (2, "-")):
+        if len(rank) > degree:
+            fitted = np.polynomial.Polynomial.fit(rank, importance, degree)
+            axis.plot(rank, fitted(rank), style, color=PREDICTIVE, linewidth=1.2)
+    axis.tick_params(labelsize=7)
+
+
+def draw_feature_impact(run: Run) -> Figure:
+    """Figure 7: the impact (eq. 9) of masking predictive features and the others, a panel a class.
+
+    The title of a panel has the difference of the means and the share of permutations of the two groups with a
+    difference at least as large (one-sided).
+    """
+    impact, trends = run.table("feature_impact"), run.table("feature_trends")
+    figure = Figure(figsize=(3.0 * len(run.classes), 2.9), layout="constrained", facecolor="white")
+    for class_id, axis in enumerate(figure.subplots(1, len(run.classes), squeeze=False)[0], start=1):
+        mine = trends[(trends["query_class"] == class_id) & (trends["train_class"] == POOLED) & trends["predictive"]]
+        values = impact[impact["class"] == class_id].dropna(subset="impact")
+        predictive = values["feature"].isin(mine["feature"]).to_numpy()
+        groups = [values["impact"].to_numpy(dtype=float)[chosen] for chosen in (predictive, ~predictive)]
+        _draw_distributions(axis, groups)
+        axis.set_title(f"{run.classes[class_id - 1]}\n{compared(*groups)}", fontsize=8)
+        axis.set_xlabel("impact: drop of Dice when masked", fontsize=8)
+        axis.tick_params(labelsize=7)
+    figure.axes[0].set_ylabel("features, density", fontsize=8)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def _draw_distributions(axis: Axes, groups: Sequence[Float[np.ndarray, "..."]]) -> None:
+    together = np.concatenate(groups)
+    if not together.size:
+        axis.text(0.5, 0.5, "no slice has the class", ha="center", transform=axis.transAxes, fontsize=8)
+        return
+    edges = np.histogram_bin_edges(together, bins=12)
+    for values, colour, name in zip(groups, (PREDICTIVE, OTHERS), ("predictive", "others"), strict=True):
+        axis.hist(values, bins=list(edges), density=bool(values.size), alpha=0.45, color=colour, label=name)
+        if np.unique(values).size > 2:
+            grid = np.linspace(edges[0], edges[-1], 200)
+            axis.plot(grid, gaussian_kde(values)(grid), color=colour, linewidth=1.2)
+
+
+def compared(predictive: Float[np.ndarray, "..."], others: Float[np.ndarray, "..."]) -> str:
+    """How much larger the mean impact of predictive features is, and how often chance does the same.
+
+    A one-sided permutation test of the difference of means, seeded.
+    """
+    if not predictive.size or not others.size:
+        return f"{predictive.size} predictive, {others.size} others: nothing to compare"
+    difference = float(predictive.mean() - others.mean())
+    test = permutation_test(
+        (predictive, others),
+        lambda one, other, axis: one.mean(axis=axis) - other.mean(axis=axis),
+        alternative="greater",
+        n_resamples=PERMUTATIONS,
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    )
+    return f"{predictive.size} predictive: {difference:+.4f}, p = {test.pvalue:.3f}"
