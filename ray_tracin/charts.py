@@ -92,19 +92,44 @@ def _draw_curve(axis: Axes, rank: Float[np.ndarray, " rank"], importance: Float[
     axis.tick_params(labelsize=7)
 
 
+def findings(run: Run) -> list[str]:
+    """The paper's two questions, answered by this run, a line a class.
+
+    Are the top proponents of a region of its own class? Do predictive features have more impact than the others?
+    """
+    classes = run.table("proponent_classes")
+    own = classes[classes["query_class"] == classes["train_class"]]
+    lines = []
+    for class_id, name in enumerate(run.classes, start=1):
+        mine = own[own["query_class"] == class_id]
+        shares = [f"{share:.0%} of {kind}" for share, kind in zip(mine["share"], mine["query_set"], strict=True)]
+        top = run.config.explainers.class_list
+        lines.append(f"{name}: of this class are {' and '.join(shares)} queries' top {top} proponents")
+    if "test" in run.query_sets:
+        groups = [(name, _impacts(run, class_id)) for class_id, name in enumerate(run.classes, start=1)]
+        lines += [f"{name}: impact of predictive features less the others': {compared(*pair)}" for name, pair in groups]
+    return lines
+
+
+def _impacts(run: Run, class_id: int) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """The impacts of a class's predictive features, and of its others."""
+    impact, trends = run.table("feature_impact"), run.table("feature_trends")
+    pooled = trends[(trends["query_class"] == class_id) & (trends["train_class"] == POOLED)]
+    values = impact[impact["class"] == class_id].dropna(subset="impact")
+    predictive = values["feature"].isin(pooled.loc[pooled["predictive"], "feature"]).to_numpy()
+    drops = values["impact"].to_numpy(dtype=float)
+    return drops[predictive], drops[~predictive]
+
+
 def draw_feature_impact(run: Run) -> Figure:
     """Figure 7: the impact (eq. 9) of masking predictive features and the others, a panel a class.
 
     The title of a panel has the difference of the means and the share of permutations of the two groups with a
     difference at least as large (one-sided).
     """
-    impact, trends = run.table("feature_impact"), run.table("feature_trends")
     figure = Figure(figsize=(3.0 * len(run.classes), 2.9), layout="constrained", facecolor="white")
     for class_id, axis in enumerate(figure.subplots(1, len(run.classes), squeeze=False)[0], start=1):
-        mine = trends[(trends["query_class"] == class_id) & (trends["train_class"] == POOLED) & trends["predictive"]]
-        values = impact[impact["class"] == class_id].dropna(subset="impact")
-        predictive = values["feature"].isin(mine["feature"]).to_numpy()
-        groups = [values["impact"].to_numpy(dtype=float)[chosen] for chosen in (predictive, ~predictive)]
+        groups = _impacts(run, class_id)
         _draw_distributions(axis, groups)
         axis.set_title(f"{run.classes[class_id - 1]}\n{compared(*groups)}", fontsize=8)
         axis.set_xlabel("impact: drop of Dice when masked", fontsize=8)

@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ray_tracin.charts import findings
 from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explanation import explain_region
-from ray_tracin.figures import draw_explanation
+from ray_tracin.figures import DrawFigures, draw_explanation
 from ray_tracin.phantom import Edition
 from ray_tracin.pipeline import STEPS, Executors, is_prepared, run_to, status, verify
 from ray_tracin.planning import Plan, plan_run
@@ -331,6 +332,9 @@ def _print_result(run: Run, seconds: float) -> None:
         return
     dice = ", ".join(f"{name} {last[f'dice_validation_{c}']:.2f}" for c, name in enumerate(run.classes, start=1))
     out.print(f"validation Dice after epoch {int(last['epoch'])}: {dice}", markup=False)
+    if run.store.read_receipt(DrawFigures.name, "figure_5") is not None:
+        for line in findings(run):
+            out.print(line, markup=False)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+
+from ray_tracin.charts import class_colours, compared, draw_feature_curves, draw_proponent_classes, findings
+from ray_tracin.runs import Run
+
+
+def test_the_permutation_test_counts_permutations() -> None:
+    # Of the 20 ways to choose 3 of 6, one has all the ones.
+    assert compared(np.ones(3), np.zeros(3)) == "3 predictive: +1.0000, p = 0.050"
+    assert compared(np.zeros(3), np.ones(3)) == "3 predictive: -1.0000, p = 1.000"
+
+
+@pytest.mark.parametrize(("predictive", "others"), [(0, 4), (4, 0)])
+def test_one_group_is_nothing_to_compare(predictive: int, others: int) -> None:
+    text = compared(np.ones(predictive), np.ones(others))
+    assert text == f"{predictive} predictive, {others} others: nothing to compare"
+
+
+def test_colours_repeat_only_after_the_seventh() -> None:
+    assert len(set(class_colours(7))) == 7
+    assert class_colours(9)[7:] == class_colours(2)
+
+
+def test_bars_are_the_shares_of_the_table(tiny_run: Run) -> None:
+    table = tiny_run.table("proponent_classes")
+    figure = draw_proponent_classes(tiny_run)
+    for axis, query_set in zip(figure.axes, ("train", "test"), strict=True):
+        mine = table[table.query_set == query_set].sort_values(["train_class", "query_class"])
+        heights = [bar.get_height() for bar in axis.patches]
+        np.testing.assert_allclose(heights, mine.share.to_numpy())
+
+
+def test_curves_are_the_importance_of_the_table(tiny_run: Run) -> None:
+    table = tiny_run.table("feature_importance")
+    drawn = [axis for axis in draw_feature_curves(tiny_run).axes if axis.lines]
+    assert drawn
+    for axis in drawn:
+        feature, name = axis.get_title().split("\n")[0].removeprefix("feature ").split(", ")
+        class_id = tiny_run.classes.index(name) + 1
+        mine = table[(table.feature == int(feature)) & (table.query_class == class_id) & (table.train_class == 0)]
+        np.testing.assert_allclose(axis.lines[0].get_ydata(), mine.importance)
+
+
+def test_findings_answer_both_questions_for_every_class(tiny_run: Run) -> None:
+    lines = findings(tiny_run)
+    assert len(lines) == 2 * len(tiny_run.classes)
+    table = tiny_run.table("proponent_classes")
+    own = table[(table.query_class == 2) & (table.train_class == 2)].set_index("query_set").share
+    assert f"{own['train']:.0%} of train and {own['test']:.0%} of test queries' top 10" in lines[1]
