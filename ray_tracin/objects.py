@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 import google_crc32c
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import LocalStore, from_url
 
 T = TypeVar("T")
@@ -107,15 +107,6 @@ class Objects:
         with explained("write", path, self.uri):
             obstore.put(self.connection, path, data)
         return StoredFile.of(path, data)
-
-    def create(self, path: str, data: bytes) -> bool:
-        """Write the file if there is none; whether it was written. Atomic: of two callers one gets True."""
-        with explained("write", path, self.uri):
-            try:
-                obstore.put(self.connection, path, data, mode="create")
-            except AlreadyExistsError:
-                return False
-        return True
 
     def get(self, path: str) -> bytes:
         """The bytes of the file."""

@@ -28,10 +28,8 @@ from typing import Literal, get_args
 
 QuerySet = Literal["train", "test"]
 Split = Literal["train", "validation", "test"]
-RegionSource = Literal["final", "checkpoint"]
 
 QUERY_SETS: tuple[QuerySet, ...] = get_args(QuerySet)
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 def checkpoint_name(epoch: int) -> str:

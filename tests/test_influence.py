@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.networks.nets import BasicUNet
 
 from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.influence import (
@@ -47,6 +48,53 @@ def test_kernel_equals_the_oracle(deep):
     assert oracle.difference(kernel, expected) < 1e-5
     own = oracle.kernel(part(gradients, 0, 2), part(gradients, 0, 2))
     assert oracle.difference(norm2, torch.einsum("iziz->iz", own)) < 1e-5
+
+
+def monai_unet():
+    return BasicUNet(spatial_dims=2, in_channels=2, out_channels=3, features=(4, 4, 8, 8, 16, 4))
+
+
+OTHERS = {
+    "monai": (monai_unet, (32, 32), "final_conv"),
+    "three dimensions": (*networks.NETWORKS["three dimensions"], "head"),
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_tensor_of_other_networks_equals_the_oracle(name, dtype, tolerance):
+    build, size, head = OTHERS[name]
+    batch, rates = networks.batch(slices=3, size=size), torch.tensor([0.01, 0.03])
+    kernels, expected = [], torch.zeros((), dtype=torch.float64)
+    for seed, rate in enumerate(rates.tolist()):
+        model = networks.seeded(build, seed)
+        engine = RegionDifferentiator(model, head=head, example=batch[0][0], classes=2)
+        values = engine.differentiate(*batch).values.to(dtype)
+        kernels.append(train_columns(tile_kernel(engine.layout, reader(values), None, chunk_values=5000)[0]))
+        gradients = oracle.gradients(model, [key for key, _ in model.named_parameters()], *batch)
+        expected = expected + rate * oracle.kernel(gradients, gradients)
+    assert oracle.difference(sum_checkpoints(torch.stack(kernels), rates), expected.flatten(2)) < tolerance
+
+
+def test_a_hand_worked_influence():
+    # One pixel, one class, truth 1, logits (0, w·x + b). At w = 2, b = -2, x = 1.5 the logit is 1, P = σ(1) = 0.731059,
+    # dD/dlogit = 2 / (P + 1)² · P (1 − P) = 0.131225; at x = 0.5 it is −1, P = 0.268941 and 0.244206. The gradient in
+    # (w, b) of the class's logit is (x, 1) times that, in the background's its negative: the product counts twice.
+    # ⟨g, g'⟩ = 2 · 0.131225 · 0.244206 · (1.5 · 0.5 + 1) = 0.112161, and with η = 0.5 the influence is 0.056080.
+    model = torch.nn.Sequential()
+    model.add_module("head", torch.nn.Conv2d(1, 2, 1))
+    with torch.no_grad():
+        model.head.weight.copy_(torch.tensor([0.0, 2.0]).view(2, 1, 1, 1))
+        model.head.bias.copy_(torch.tensor([0.0, -2.0]))
+    images = torch.tensor([1.5, 0.5]).view(2, 1, 1, 1)
+    engine = RegionDifferentiator(model, head="head", example=images[0], classes=1)
+    ones = torch.ones(2, 1, 1, dtype=torch.uint8)
+    values = engine.differentiate(images, ones, ones.bool()[:, None]).values
+    kernel, norm2 = tile_kernel(engine.layout, reader(values), None, chunk_values=100)
+    influence = sum_checkpoints(train_columns(kernel)[None], torch.tensor([0.5]))
+    assert influence[0, 0, 1].item() == pytest.approx(0.056080, abs=1e-6)
+    assert influence[0, 1, 0].item() == influence[0, 0, 1].item()
+    assert norm2[0, 0].item() == pytest.approx(2 * 0.131225**2 * (1.5**2 + 1), abs=1e-5)
 
 
 def test_bfloat16_rows_are_close(deep):

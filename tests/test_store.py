@@ -47,8 +47,6 @@ def test_objects_round_trip_and_name_what_is_missing(tmp_path: Path) -> None:
     assert StoredFile.from_json(stored.to_json()) == stored
     assert objects.sizes() == {"a/b.bin": 5}
     assert (objects.size("a/b.bin"), objects.size("nope")) == (5, None)
-    assert (objects.create("claim", b"1"), objects.create("claim", b"2")) == (True, False)
-    assert objects.get("claim") == b"1"
     objects.delete(["a/b.bin", "nope"])
     with pytest.raises(FileNotFoundError, match=r"no file 'a/b\.bin' below .*run"):
         objects.get("a/b.bin")
