@@ -39,12 +39,14 @@ Problem = tuple[nn.Module, Tensor, Tensor, Tensor]
 
 
 def make_problem(slices: int, width: int, size: int) -> Problem:
-    """A network in eval mode with lived-in statistics, smooth random slices, blocky labels, and regions around them."""
+    """A network in eval mode with lived-in statistics, smooth random slices, lesions, and regions around their parts.
+
+    Lesions are of the size of gliomas on BraTS slices: boxes of a hundredth to a sixth of the slice a class.
+    """
     torch.manual_seed(0)
     network = build_unet(ModelConfig(width=width), MODALITIES, CLASSES, seed=0)
     images = 3 * nn.functional.avg_pool2d(torch.randn(slices, MODALITIES, size, size), 5, 1, 2)
-    blocks = torch.randint(0, CLASSES + 1, (slices, size // 16, size // 16))
-    labels = blocks.repeat_interleave(16, 1).repeat_interleave(16, 2).to(torch.uint8)
+    labels = lesions(slices, size)
     truth = torch.stack([labels == class_id for class_id in range(1, CLASSES + 1)], 1)
     masks = nn.functional.max_pool2d(truth.float(), 3, 1, 1) > 0
     network.train()
@@ -52,6 +54,17 @@ def make_problem(slices: int, width: int, size: int) -> Problem:
         for _ in range(3):
             network(images[:BATCH])
     return network.eval(), images, labels, masks
+
+
+def lesions(slices: int, size: int) -> Tensor:
+    """A lesion a slice as labels: a necrotic core (1) in an enhancing rim (3) in an oedema (2), all ellipses."""
+    axis = (torch.arange(size) + 0.5) / size
+    centre, radius = 0.3 + 0.4 * torch.rand(2, slices, 1, 1), 0.08 + 0.12 * torch.rand(2, slices, 1, 1)
+    distance = ((axis[:, None] - centre[0]) / radius[0]).square() + ((axis - centre[1]) / radius[1]).square()
+    labels = torch.zeros(slices, size, size, dtype=torch.uint8)
+    for reach, label in ((1.0, 2), (0.45, 3), (0.2, 1)):
+        labels[distance < reach] = label
+    return labels
 
 
 def naive(problem: Problem) -> Tensor:

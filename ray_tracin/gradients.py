@@ -9,6 +9,7 @@ It doesn't know checkpoints, files or what gradients are multiplied with.
 """
 
 from collections.abc import Mapping, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +19,11 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ray_tracin.layers import Layout, Segment, Shape, parameter_gradients, unit_gradients
-from ray_tracin.recording import Call, exact_arithmetic, hooked, trace
+from ray_tracin.arithmetic import Precision
+from ray_tracin.correlation import Shape
+from ray_tracin.layers import Layout, Segment, parameter_gradients, unit_gradients
+from ray_tracin.localized import LocalBackward
+from ray_tracin.recording import Call, hooked, recorded, trace
 from ray_tracin.regions import region_pixels, region_scores
 from ray_tracin.units import (
     Shapes,
@@ -92,7 +96,9 @@ class RegionDifferentiator:
         parameters: str | Sequence[str] = "all",
         example: Float[Tensor, "modality *space"],
         classes: int,
+        precision: Precision = "float32",
     ) -> None:
+        self._precision: Precision = precision
         names = selected_parameters(model, head, parameters)
         self._model = frozen_copy(model)
         self._units = {unit.name: unit for unit in find_units(self._model, names)}
@@ -104,7 +110,7 @@ class RegionDifferentiator:
 
     def _probe(self, image: Float[Tensor, "1 modality *space"], classes: int) -> None:
         units = list(self._units.values())
-        with exact_arithmetic():
+        with recorded():
             one, two = (trace(self._model, units, torch.cat([image] * count)) for count in (1, 2))
         _check_logits(one.logits, (1, classes + 1, *image.shape[2:]))
         # Where units don't hold slices along their first axis, a batch would mix them: one slice at a time then.
@@ -121,7 +127,7 @@ class RegionDifferentiator:
         parameters = [self._parameters[name] for name in names]
         if not parameters:
             return
-        with exact_arithmetic(), trainable(parameters):
+        with recorded(), trainable(parameters):
             total = self._model(image.clone()).sum()
             found = torch.autograd.grad(total, parameters, allow_unused=True) if total.requires_grad else ()
         used = [name for name, gradient in zip(names, found, strict=False) if gradient is not None]
@@ -151,7 +157,7 @@ class RegionDifferentiator:
                 "differentiator for this size"
             )
         step = len(images) if self._batched else 1
-        with exact_arithmetic():
+        with recorded(self._precision):
             batch = images.to(self._like), labels.to(self._like.device), masks.to(self._like.device)
             parts = [self._batch(*(part[start:stop] for part in batch)) for start, stop in ranges(len(images), step)]
         result = parts[0] if len(parts) == 1 else _concatenated(parts)
@@ -221,7 +227,7 @@ class RegionDifferentiator:
             )
 
     def _plain_gradients(self, image: Tensor, labels: Tensor, masks: Tensor) -> Float[Tensor, "class column"]:
-        with exact_arithmetic(), trainable(self._parameters.values()):
+        with recorded(), trainable(self._parameters.values()):
             logits = self._model(image.to(self._like).clone())
             scores = region_scores(logits, labels.to(logits.device).clone(), masks.to(logits.device).clone())[0]
             rows = [flat_gradients(score, self._parameters.values(), retain_graph=True) for score in scores]
@@ -268,7 +274,9 @@ class _Passes:
         self._anchor = images.new_zeros((), requires_grad=True)
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
-        with hooked(list(self._units.values()), self._keep_input, self._watch_output):
+        # On a GPU batches beat boxes, which differ from slice to slice and have to be read back from it.
+        local = LocalBackward() if images.device.type == "cpu" else nullcontext()
+        with local, hooked(list(self._units.values()), self._keep_input, self._watch_output):
             logits: Tensor = model(images.clone())
         return logits
 

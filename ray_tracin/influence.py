@@ -13,39 +13,66 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from ray_tracin.arithmetic import Precision, arithmetic, multiply
 from ray_tracin.layers import Layout, Segment, expand, expand_bytes
+from ray_tracin.vocabulary import ranges
+
+PANELS = 8
+"""Row panels that the upper half of a symmetric kernel is cut into: they multiply 56 % of it."""
+SMALLEST_PANEL = 96
+"""Rows below which products lose speed."""
 
 SegmentReader = Callable[[Segment], Tensor]
 """Reads a segment's part of the packed rows of some slices: (slice, length), in the precision that they have."""
 
 
 def tile_kernel(
-    layout: Layout, query: SegmentReader, train: SegmentReader | None, *, chunk_values: int
+    layout: Layout,
+    query: SegmentReader,
+    train: SegmentReader | None,
+    *,
+    chunk_values: int,
+    precision: Precision = "float32",
 ) -> tuple[Float[Tensor, "class query class train"], Float[Tensor, "class query"]]:
     """The inner products of the gradients of query and train regions, and the squared norms of the query's.
 
     ``K[i, z', j, z] = ⟨∇D_j(z_j), ∇D_i(z'_i)⟩``, a term of eq. 6 without its learning rate, and ``|∇D_i(z'_i)|²``. With
     ``train`` None the two sides are the same slices: gradients are expanded once, the kernel is exactly symmetric and
-    the norms are its diagonal. Products are float32, their sums over chunks and units float64, the results float32
-    (all float64 where the rows are). ``chunk_values`` bounds the gradient values that a side expands at a time.
+    the norms are its diagonal. Products are float32, of operands of a precision, their sums over chunks and units
+    float64, the results float32 (all float64 where the rows are). ``chunk_values`` bounds the gradient values that a
+    side expands at a time.
 
     Raises:
         ValueError: the rows don't have the length that the layout says.
     """
-    assert layout.segments, "a layout without segments has no gradients"
-    kernel = norm2 = torch.zeros((), dtype=torch.float64)
-    for segment in layout.segments:
-        queries = query(segment)
-        trains = queries if train is None else train(segment)
-        for left, right in _chunks(segment, layout.classes, queries, trains, chunk_values):
-            kernel = (left @ right.mT).double() + kernel.to(left.device)
-            norm2 = torch.linalg.vecdot(left, left).double() + norm2.to(left.device)
-            dtype = left.dtype
+    kernel = norm2 = None
+    with arithmetic(precision):
+        for segment in layout.segments:
+            queries = query(segment)
+            trains = queries if train is None else train(segment)
+            for left, right in _chunks(segment, layout.classes, queries, trains, chunk_values):
+                if kernel is None or norm2 is None:
+                    kernel = left.new_zeros((len(left), len(right)), dtype=torch.float64)
+                    norm2 = left.new_zeros(len(left), dtype=torch.float64)
+                if train is None:
+                    _add_upper(kernel, left, precision)
+                else:
+                    kernel += multiply(left, right, precision)
+                    norm2 += torch.linalg.vecdot(left, left)
+    assert kernel is not None, "a layout without segments has no gradients"
+    assert norm2 is not None
+    dtype = torch.promote_types(left.dtype, torch.float32)
     if train is None:
         kernel = kernel.triu() + kernel.triu(1).mT
         norm2 = kernel.diagonal()
     blocks = kernel.unflatten(1, (-1, layout.classes)).unflatten(0, (-1, layout.classes))
     return blocks.permute(1, 0, 3, 2).to(dtype).contiguous(), norm2.unflatten(0, (-1, layout.classes)).mT.to(dtype)
+
+
+def _add_upper(kernel: Float[Tensor, "row row"], rows: Float[Tensor, "row column"], precision: Precision) -> None:
+    """Adds the inner products of rows on and above the diagonal, and some below it: the kernel is symmetric."""
+    for start, stop in ranges(len(rows), max(SMALLEST_PANEL, -(-len(rows) // PANELS))):
+        kernel[start:stop, start:] += multiply(rows[start:stop], rows[start:], precision)
 
 
 def _chunks(

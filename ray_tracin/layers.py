@@ -5,58 +5,32 @@ the score asks of it (its output gradient). In deep layers those two *factors* a
 packed row keeps them, once the input for all classes, and the gradient is expanded only when it is multiplied with
 others. Where the gradient is the smaller one, the row holds the gradient. Either way nothing is approximated.
 
-Correlations cover convolutions and transposed convolutions of any dimension and, as correlations with a kernel of one
-pixel, linear layers. With *points* ``p`` and *windows* ``w``, both of one slice and class:
-
-    ∂D/∂W[a, b, k] = Σ_l p[a, l] · w[b, stride · l + dilation · k − padding]
-
-A convolution's points are its output gradient and its windows its input; a transposed convolution's the reverse.
+Correlations (`correlation`) cover convolutions and transposed convolutions of any dimension and, with a kernel of one
+pixel, linear layers.
 
 Layouts are plain data: who holds a layout can expand rows without the network. It doesn't know how rows are made,
 where they are stored, or what they are multiplied with.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
-from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from ray_tracin import correlation
+from ray_tracin.correlation import Geometry, Shape, correlate, correlate_boxes, nonzero_boxes, points_of
 from ray_tracin.vocabulary import ranges
-
-WINDOW_VALUES = 1 << 22
-"""Values of unfolded windows to hold at a time. Beyond the caches, unfolding more slices at once is slower."""
-
-_WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 Kind = Literal["convolution", "transposed convolution", "linear", "affine", "other"]
 """What a unit is; ``affine`` scales and shifts (normalisations, PReLU), ``other`` is differentiated by running it."""
 
 Form = Literal["factors", "gradient"]
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a kernel moves over its windows, one entry a spatial axis."""
-
-    kernel: Shape
-    stride: Shape
-    dilation: Shape
-    padding: tuple[tuple[int, int], ...]
-    """Zeros before and after."""
-    groups: int = 1
-
-
-POINTWISE = Geometry(kernel=(1,), stride=(1,), dilation=(1,), padding=((0, 0),))
-"""A linear layer: its leading axes, flattened, are the positions of a kernel of one pixel."""
 
 
 @dataclass(frozen=True)
@@ -205,116 +179,38 @@ def multiply_factors(
         if name.endswith("bias"):
             yield from _parts(output_gradients.flatten(3).sum(3), columns)
         elif segment.kind == "transposed convolution":
-            yield from _correlate(geometry, inputs.unsqueeze(1), output_gradients, columns)
+            yield from correlate(geometry, inputs.unsqueeze(1), output_gradients, columns)
         else:
-            yield from _correlate(geometry, output_gradients, inputs.unsqueeze(1), columns)
+            yield from correlate(geometry, output_gradients, inputs.unsqueeze(1), columns)
 
 
 def unit_gradients(
     segment: Segment, inputs: Float[Tensor, "slice *read"], output_gradients: Float[Tensor, "slice *written"]
 ) -> Float[Tensor, "slice column"]:
-    """The gradients of a unit for one class: what `multiply_factors` gives, whole.
-
-    Where positions are many, PyTorch's own kernels, a slice at a time, beat unfolding, and need no room for windows.
-    """
-    assert segment.geometry is not None, f"{segment.unit} has no geometry"
-    read, written = inputs, output_gradients
-    windows, points = (written, read) if segment.kind == "transposed convolution" else (read, written)
-    if not _torch_correlates(segment.geometry, windows.shape[2:], points.shape[2:]):
-        chunks = multiply_factors(segment, read, written.unsqueeze(1), columns=segment.columns)
+    """The gradients of a unit for one class: what `multiply_factors` gives, whole."""
+    geometry = segment.geometry
+    assert geometry is not None, f"{segment.unit} has no geometry"
+    if math.prod(geometry.kernel) == 1:
+        chunks = multiply_factors(segment, inputs, output_gradients.unsqueeze(1), columns=segment.columns)
         return torch.cat(list(chunks), dim=2)[:, 0]
-    parts = []
-    for name, shape in zip(segment.parameters, segment.shapes, strict=True):
-        if name.endswith("bias"):
-            parts.append(written.flatten(2).sum(2))
-        else:
-            parts.append(_torch_correlate(segment.geometry, shape, windows, points))
-    return torch.cat(parts, dim=1)
-
-
-def _torch_correlates(geometry: Geometry, space: Shape, positions: Shape) -> bool:
-    """Whether PyTorch has this as a convolution: as many positions as with the padding before on both sides."""
-    axes = zip(geometry.kernel, geometry.stride, geometry.dilation, geometry.padding, space, positions, strict=False)
-    return math.prod(geometry.kernel) > 1 and all(
-        (length + 2 * before - step * (size - 1) - 1) // stride + 1 == count
-        for size, stride, step, (before, _), length, count in axes
+    boxes = nonzero_boxes(output_gradients)
+    points, windows = output_gradients, inputs
+    if segment.kind == "transposed convolution":
+        points, windows = inputs, output_gradients
+        boxes = [box and points_of(geometry, box, points.shape[2:]) for box in boxes]
+    return torch.cat(
+        [
+            output_gradients.flatten(2).sum(2)
+            if name.endswith("bias")
+            else correlate_boxes(geometry, shape, points, windows, boxes)
+            for name, shape in zip(segment.parameters, segment.shapes, strict=True)
+        ],
+        dim=1,
     )
-
-
-def _torch_correlate(
-    geometry: Geometry,
-    shape: Shape,
-    windows: Float[Tensor, "slice windowed *space"],
-    points: Float[Tensor, "slice pointed *positions"],
-) -> Float[Tensor, "slice column"]:
-    correlate = _WEIGHT_GRADIENTS[len(geometry.kernel)]
-    padding = tuple(before for before, _ in geometry.padding)
-    rows = [
-        correlate(window, shape, point, geometry.stride, padding, geometry.dilation, geometry.groups).flatten()
-        for window, point in zip(windows.split(1), points.split(1), strict=True)
-    ]
-    return torch.stack(rows)
 
 
 def _parts(whole: Float[Tensor, "slice class column"], columns: int) -> Iterator[Float[Tensor, "slice class part"]]:
     return (whole[:, :, start:stop] for start, stop in ranges(whole.shape[2], columns))
-
-
-def _correlate(
-    geometry: Geometry,
-    points: Float[Tensor, "slice pointed out *positions"],
-    windows: Float[Tensor, "slice windowed in *space"],
-    columns: int,
-) -> Iterator[Float[Tensor, "slice class column"]]:
-    """The gradients of a weight of shape (out, in/groups, *kernel), a range of ``in/groups`` at a time.
-
-    The axis of classes is on one side, the other side has one entry for all of them. Chunks run along the windows'
-    channels, because then every window is unfolded once.
-    """
-    positions = tuple(points.shape[3:])
-    grouped = points.reshape(*points.shape[:2], geometry.groups, -1, math.prod(positions))
-    channels = windows.unflatten(2, (geometry.groups, -1))
-    width = max(1, columns // (points.shape[2] * math.prod(geometry.kernel)))
-    for start, stop in ranges(channels.shape[3], width):
-        yield _correlate_channels(geometry, grouped, channels[:, :, :, start:stop], positions)
-
-
-def _correlate_channels(
-    geometry: Geometry,
-    points: Float[Tensor, "slice pointed group out position"],
-    windows: Float[Tensor, "slice windowed group in *space"],
-    positions: Shape,
-) -> Float[Tensor, "slice class column"]:
-    classes_in_points = points.shape[1] >= windows.shape[1]
-    size = math.prod(windows.shape[1:4]) * math.prod(geometry.kernel) * math.prod(positions)
-    parts = []
-    for start, stop in ranges(len(points), max(1, WINDOW_VALUES // size)):
-        unfolded = _unfold(geometry, windows[start:stop], positions)
-        if classes_in_points:
-            product = torch.einsum("scgol,sgil->scgoi", points[start:stop], unfolded[:, 0])
-        else:
-            product = torch.einsum("sgol,scgil->scgoi", points[start:stop, 0], unfolded)
-        parts.append(product.flatten(2))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _unfold(
-    geometry: Geometry, values: Float[Tensor, "slice windowed group in *space"], positions: Shape
-) -> Float[Tensor, "slice windowed group in_kernel position"]:
-    """What each point of a kernel sees at each position."""
-    padded = F.pad(values, [width for pair in reversed(geometry.padding) for width in pair])
-    outer, inner = padded.stride()[:4], padded.stride()[4:]
-    # Kernel and positions index the same axes: one strided view instead of an index a window.
-    view = padded.as_strided(
-        (*padded.shape[:4], *geometry.kernel, *positions),
-        (*outer, *_scaled(inner, geometry.dilation), *_scaled(inner, geometry.stride)),
-        padded.storage_offset(),
-    )
-    return view.reshape(*padded.shape[:3], -1, math.prod(positions))
-
-
-def _scaled(strides: Shape, steps: Shape) -> Shape:
-    return tuple(stride * step for stride, step in zip(strides, steps, strict=True))
 
 
 def differentiate_bytes(layout: Layout, slices: int, *, itemsize: int = 4) -> int:
@@ -345,7 +241,7 @@ def _smallest_chunk(segment: Segment) -> int:
 def _window_values(layout: Layout) -> int:
     """Values of windows at a time: the budget, or all channels of one slice if that is more."""
     sizes = (_slice_windows(segment, layout.classes) for segment in layout.segments if segment.form == "factors")
-    return max(WINDOW_VALUES, *sizes, 0)
+    return max(correlation.WINDOW_VALUES, *sizes, 0)
 
 
 def _slice_windows(segment: Segment, classes: int) -> int:

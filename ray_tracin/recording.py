@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ray_tracin.layers import Shape
+from ray_tracin.arithmetic import Precision, arithmetic
+from ray_tracin.correlation import Shape
 from ray_tracin.units import Shapes, Unit, flat_gradients, trainable
 
 
@@ -175,12 +176,7 @@ def _shapes(tree: Any) -> Shapes:
 
 
 @contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Inside, gradients are recorded, and convolutions are deterministic and of full float32 precision."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        # TF32, cuDNN's default, has 10 bits of mantissa.
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-    ):
+def recorded(precision: Precision = "float32") -> Iterator[None]:
+    """Inside, gradients are recorded, whatever is switched off outside, in the arithmetic of a precision."""
+    with torch.inference_mode(False), torch.enable_grad(), arithmetic(precision):
         yield

@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ray_tracin.layers import POINTWISE, Form, Geometry, Kind, Segment, Shape, factor_values
+from ray_tracin.correlation import POINTWISE, Geometry, Shape
+from ray_tracin.layers import Form, Kind, Segment, factor_values
 
 Shapes = tuple[Shape, ...]
 """Of the tensors that a unit reads, or writes, in one call."""

@@ -4,9 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_tracin import layers
+from ray_tracin import correlation
+from ray_tracin.correlation import Geometry
 from ray_tracin.gradients import RegionDifferentiator
-from ray_tracin.layers import Geometry, Layout, Segment, differentiate_bytes, expand, parameter_gradients
+from ray_tracin.layers import Layout, Segment, differentiate_bytes, expand, parameter_gradients
 
 
 def segment(**changed):
@@ -88,7 +89,7 @@ def test_a_transposed_convolution_expands_to_the_gradient_of_its_weight():
 def test_how_many_slices_are_unfolded_at_once_does_not_matter(one, monkeypatch):
     packed = rows(one, slices=5)
     together = torch.cat(list(expand(one, packed, 2, columns=100)), 2)
-    monkeypatch.setattr(layers, "WINDOW_VALUES", 1)
+    monkeypatch.setattr(correlation, "WINDOW_VALUES", 1)
     torch.testing.assert_close(torch.cat(list(expand(one, packed, 2, columns=100)), 2), together)
 
 

@@ -1,0 +1,177 @@
+"""Correlations of what a layer read with what is asked of it: the gradients of convolutions, slice by slice.
+
+With *points* ``p`` and *windows* ``w``, both of one slice and class, the gradient of a kernel is
+
+    ∂D/∂W[a, b, k] = Σ_l p[a, l] · w[b, stride · l + dilation · k − padding]
+
+A convolution's points are its output gradient and its windows its input; a transposed convolution's the reverse.
+
+It doesn't know modules, parameters or rows.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+from ray_tracin.vocabulary import ranges
+
+Shape = tuple[int, ...]
+Box = tuple[tuple[int, int], ...]
+"""Start and stop, a spatial axis each."""
+
+WINDOW_VALUES = 1 << 22
+"""Values of unfolded windows to hold at a time. Beyond the caches, unfolding more slices at once is slower."""
+
+_WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a kernel moves over its windows, one entry a spatial axis."""
+
+    kernel: Shape
+    stride: Shape
+    dilation: Shape
+    padding: tuple[tuple[int, int], ...]
+    """Zeros before and after."""
+    groups: int = 1
+
+
+POINTWISE = Geometry(kernel=(1,), stride=(1,), dilation=(1,), padding=((0, 0),))
+"""A linear layer: its leading axes, flattened, are the positions of a kernel of one pixel."""
+
+
+def windows_of(geometry: Geometry, points: Box) -> Box:
+    """The box of all that a box of points sees; where there is padding it reaches outside."""
+    return tuple(
+        (stride * start - before, stride * (stop - 1) + step * (size - 1) - before + 1)
+        for (start, stop), size, stride, step, (before, _) in _axes(points, geometry)
+    )
+
+
+def points_of(geometry: Geometry, windows: Box, positions: Shape) -> Box:
+    """The box of the points, out of so many, that see something of a box of windows."""
+    return tuple(
+        (max(0, -(-(start + before - step * (size - 1)) // stride)), min(count, (stop - 1 + before) // stride + 1))
+        for ((start, stop), size, stride, step, (before, _)), count in zip(
+            _axes(windows, geometry), positions, strict=True
+        )
+    )
+
+
+def _axes(box: Box, geometry: Geometry) -> Iterator[tuple[Any, ...]]:
+    return zip(box, geometry.kernel, geometry.stride, geometry.dilation, geometry.padding, strict=True)
+
+
+def cut(values: Float[Tensor, "slice channel *space"], box: Box) -> Float[Tensor, "slice channel *box"]:
+    """The values in a box; zeros where it reaches outside."""
+    inside = clipped(box, values.shape[2:])
+    part = values[(..., *(slice(start, stop) for start, stop in inside))]
+    widths = [
+        width
+        for (start, stop), (first, last) in zip(reversed(box), reversed(inside), strict=True)
+        for width in (first - start, stop - last)
+    ]
+    return F.pad(part, widths) if any(widths) else part
+
+
+def clipped(box: Box, space: Shape) -> Box:
+    """The part of a box that is inside."""
+    return tuple((max(start, 0), min(stop, length)) for (start, stop), length in zip(box, space, strict=True))
+
+
+def nonzero_boxes(values: Float[Tensor, "slice channel *space"]) -> list[Box | None]:
+    """For each slice the smallest box that holds all its values but zeros, of any channel; None if all are zero."""
+    # Twice as fast as comparing all values with 0; whatever isn't a number counts as not 0.
+    anywhere = (values.amax(dim=1) != 0) | (values.amin(dim=1) != 0)
+    axes = range(1, anywhere.dim())
+    lines = [anywhere.movedim(axis, 1).flatten(2).any(2) if len(axes) > 1 else anywhere for axis in axes]
+    return [
+        tuple((where[0], where[-1] + 1) for where in rows) if all(rows) else None
+        for rows in zip(*([row.nonzero()[:, 0].tolist() for row in line] for line in lines), strict=True)
+    ]
+
+
+def correlate_boxes(
+    geometry: Geometry,
+    shape: Shape,
+    points: Float[Tensor, "slice pointed *positions"],
+    windows: Float[Tensor, "slice windowed *space"],
+    boxes: Sequence[Box | None],
+) -> Float[Tensor, "slice column"]:
+    """The gradients of a kernel of some shape, flattened, from the boxes of points outside of which nothing adds to it.
+
+    PyTorch's own kernels, a slice at a time: where positions are many they beat unfolding, and need no room for it.
+    """
+    correlate = _WEIGHT_GRADIENTS[len(geometry.kernel)]
+    rows = points.new_zeros(len(points), *shape)
+    for position, box in enumerate(boxes):
+        if box is not None:
+            asked = cut(points[position : position + 1], box)
+            seen = cut(windows[position : position + 1], windows_of(geometry, box))
+            rows[position] = correlate(seen, shape, asked, geometry.stride, 0, geometry.dilation, geometry.groups)
+    return rows.flatten(1)
+
+
+def correlate(
+    geometry: Geometry,
+    points: Float[Tensor, "slice pointed out *positions"],
+    windows: Float[Tensor, "slice windowed in *space"],
+    columns: int,
+) -> Iterator[Float[Tensor, "slice class column"]]:
+    """The gradients of a weight of shape (out, in/groups, *kernel), a range of ``in/groups`` at a time.
+
+    The axis of classes is on one side, the other side has one entry for all of them. Chunks run along the windows'
+    channels, because then every window is unfolded once.
+    """
+    positions = tuple(points.shape[3:])
+    grouped = points.reshape(*points.shape[:2], geometry.groups, -1, math.prod(positions))
+    channels = windows.unflatten(2, (geometry.groups, -1))
+    width = max(1, columns // (points.shape[2] * math.prod(geometry.kernel)))
+    for start, stop in ranges(channels.shape[3], width):
+        yield _correlate_channels(geometry, grouped, channels[:, :, :, start:stop], positions)
+
+
+def _correlate_channels(
+    geometry: Geometry,
+    points: Float[Tensor, "slice pointed group out position"],
+    windows: Float[Tensor, "slice windowed group in *space"],
+    positions: Shape,
+) -> Float[Tensor, "slice class column"]:
+    classes_in_points = points.shape[1] >= windows.shape[1]
+    size = math.prod(windows.shape[1:4]) * math.prod(geometry.kernel) * math.prod(positions)
+    parts = []
+    for start, stop in ranges(len(points), max(1, WINDOW_VALUES // size)):
+        unfolded = _unfold(geometry, windows[start:stop], positions)
+        if classes_in_points:
+            product = torch.einsum("scgol,sgil->scgoi", points[start:stop], unfolded[:, 0])
+        else:
+            product = torch.einsum("sgol,scgil->scgoi", points[start:stop, 0], unfolded)
+        parts.append(product.flatten(2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _unfold(
+    geometry: Geometry, values: Float[Tensor, "slice windowed group in *space"], positions: Shape
+) -> Float[Tensor, "slice windowed group in_kernel position"]:
+    """What each point of a kernel sees at each position."""
+    padded = F.pad(values, [width for pair in reversed(geometry.padding) for width in pair])
+    outer, inner = padded.stride()[:4], padded.stride()[4:]
+    # Kernel and positions index the same axes: one strided view instead of an index a window.
+    view = padded.as_strided(
+        (*padded.shape[:4], *geometry.kernel, *positions),
+        (*outer, *_scaled(inner, geometry.dilation), *_scaled(inner, geometry.stride)),
+        padded.storage_offset(),
+    )
+    return view.reshape(*padded.shape[:3], -1, math.prod(positions))
+
+
+def _scaled(strides: Shape, steps: Shape) -> Shape:
+    return tuple(stride * step for stride, step in zip(strides, steps, strict=True))
