@@ -1,6 +1,6 @@
 """The stages that put the tiles in their places: ``influence.zarr``, and the tables that are read straight from it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -176,39 +176,66 @@ def train_regions(run: Run) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int8]
 
 @dataclass(frozen=True)
 class TabulateSelfInfluence(Stage[str]):
-    """``tables/self_influence.parquet``: the influence of every train region on itself, largest first.
+    """The influence of every train region on itself, largest first: ``tables/self_influence.parquet``.
 
     A region that the rest of the training set does not support explains itself: wrong annotations rank high.
+    ``slice_self_influence.parquet`` and ``patient_self_influence.parquet`` aggregate the regions of a slice and of a
+    patient: ``self_influence`` is their sum (to first order what a step on all of them would gain them), ranked by
+    ``rank``; ``self_influence_mean`` their mean, ranked by ``rank_mean``, which doesn't favour those with many
+    ``regions``.
     """
 
     name: ClassVar[str] = "self-influence"
     light: ClassVar[bool] = True
 
     def keys(self) -> Sequence[str]:
-        """One key, where the train set is among the query sets."""
-        return ["self_influence"] if "train" in self.run.query_sets else []
+        """A key a table, where the train set is among the query sets."""
+        return list(SELF_INFLUENCE_TABLES) if "train" in self.run.query_sets else []
 
     def open(self) -> Callable[[str], Result]:
         """Σ η_t of the squared gradient norms: the diagonal of the train tensor."""
 
-        def tabulate(_: str) -> Result:
-            run = self.run
-            norms = torch.from_numpy(run.store.read(f"{paths.INFLUENCE}/norm2_train"))
-            rates = run.store.attributes(paths.INFLUENCE)["learning_rates"]
-            diagonal = sum_checkpoints(norms[..., None], torch.tensor(rates, dtype=torch.float64))[..., 0].numpy()
-            train_slices, train_classes = train_regions(run)
-            patients = run.slices.set_index("slice")["patient"]
-            table = pd.DataFrame(
-                {
-                    "train_slice": train_slices,
-                    "train_class": train_classes,
-                    "patient": patients.reindex(train_slices).to_numpy(),
-                    "self_influence": diagonal.ravel(),
-                }
-            ).dropna(subset="self_influence")
-            table = table.sort_values(["self_influence", "train_class", "train_slice"], ascending=[False, True, True])
-            table["rank"] = np.arange(1, len(table) + 1)
-            run.store.write_table(paths.SELF_INFLUENCE, table)
-            return {"regions": len(table)}
+        def tabulate(key: str) -> Result:
+            table, about = self._regions(), SELF_INFLUENCE_TABLES[key]
+            table = _aggregated(table, about) if about else table
+            self.run.store.write_table(f"tables/{key}.parquet", table)
+            return {"rows": len(table)}
 
         return tabulate
+
+    def _regions(self) -> pd.DataFrame:
+        run = self.run
+        norms = torch.from_numpy(run.store.read(f"{paths.INFLUENCE}/norm2_train"))
+        rates = run.store.attributes(paths.INFLUENCE)["learning_rates"]
+        diagonal = sum_checkpoints(norms[..., None], torch.tensor(rates, dtype=torch.float64))[..., 0].numpy()
+        train_slices, train_classes = train_regions(run)
+        patients = run.slices.set_index("slice")["patient"]
+        table = pd.DataFrame(
+            {
+                "train_slice": train_slices,
+                "train_class": train_classes,
+                "patient": patients.reindex(train_slices).to_numpy(),
+                "self_influence": diagonal.ravel(),
+            }
+        ).dropna(subset="self_influence")
+        table = table.sort_values(["self_influence", "train_class", "train_slice"], ascending=[False, True, True])
+        table["rank"] = np.arange(1, len(table) + 1)
+        return table
+
+
+SELF_INFLUENCE_TABLES: Mapping[str, Sequence[str]] = {
+    "self_influence": (),
+    "slice_self_influence": ("train_slice", "patient"),
+    "patient_self_influence": ("patient",),
+}
+"""The tables of self-influence, and what identifies the regions that a row adds up; nothing: a row a region."""
+
+
+def _aggregated(regions: pd.DataFrame, about: Sequence[str]) -> pd.DataFrame:
+    """Sum and mean of the regions' self-influence, largest sum first; of equal ones the lower slice or name."""
+    groups = regions.astype({"self_influence": np.float64}).groupby(list(about))["self_influence"]
+    table = groups.agg(self_influence="sum", self_influence_mean="mean", regions="size").reset_index()
+    table = table.sort_values("self_influence", ascending=False, kind="stable", ignore_index=True)
+    table["rank"] = np.arange(1, len(table) + 1)
+    table["rank_mean"] = table["self_influence_mean"].rank(method="first", ascending=False).astype(np.int64)
+    return table

@@ -1,4 +1,4 @@
-"""The paper's figures that are drawn from tables: proponent classes, feature curves, the impact of features.
+"""The paper's figures that are drawn from tables: proponent classes, the impact of features.
 
 Colours are those of `figures`; what a class or a set is called stands beside its colour.
 """
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import cycle
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,7 +18,6 @@ from ray_tracin.runs import Run
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 """Of the classes, in order (Okabe and Ito)."""
 PREDICTIVE, OTHERS = "#0072B2", "#999999"
-SHOWN_TRENDS = ("u_shaped", "linear", "flat", "inverted_u")
 PERMUTATIONS = 9999
 
 
@@ -49,47 +47,6 @@ def draw_proponent_classes(run: Run) -> Figure:
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", title="their class", fontsize=8, frameon=False)
     return figure
-
-
-def draw_feature_curves(run: Run) -> Figure:
-    """Figure 6: importance against rank (eq. 8, pooled over train classes) of four features, with their trends.
-
-    For each of the trends ``u_shaped``, ``linear``, ``flat`` and ``inverted_u`` the feature whose first importance is
-    largest; where a run lacks one, the next most important features fill up.
-    """
-    trends = run.table("feature_trends")
-    chosen = _chosen_features(trends[(trends["train_class"] == POOLED) & (trends["trend"] != "dead")])
-    curves = run.table("feature_importance")
-    curves = curves[curves["train_class"] == POOLED]
-    figure = Figure(figsize=(9.6, 2.7), layout="constrained", facecolor="white")
-    axes = list(figure.subplots(1, len(SHOWN_TRENDS), sharey=True))
-    for axis, line in zip(axes, chosen.to_dict("records"), strict=False):
-        mine = curves[(curves["feature"] == line["feature"]) & (curves["query_class"] == line["query_class"])]
-        _draw_curve(axis, mine["rank"].to_numpy(dtype=float), mine["importance"].to_numpy(dtype=float))
-        name = run.classes[int(line["query_class"]) - 1]
-        mark = ", predictive" if line["predictive"] else ""
-        axis.set_title(f"feature {line['feature']}, {name}\n{line['trend']}{mark}", fontsize=8)
-        axis.set_xlabel("rank (proponents first)", fontsize=8)
-    axes[0].set_ylabel("importance", fontsize=8)
-    for axis in axes[len(chosen) :]:
-        axis.set_axis_off()
-    return figure
-
-
-def _chosen_features(trends: pd.DataFrame) -> pd.DataFrame:
-    ordered = trends.sort_values("importance_first", ascending=False, kind="stable")
-    firsts = [ordered[ordered["trend"] == trend].head(1) for trend in SHOWN_TRENDS]
-    best = pd.concat([*firsts, ordered]).drop_duplicates(["feature", "query_class"])
-    return best.head(len(SHOWN_TRENDS))
-
-
-def _draw_curve(axis: Axes, rank: Float[np.ndarray, " rank"], importance: Float[np.ndarray, " rank"]) -> None:
-    axis.plot(rank, importance, ".", color=OTHERS, markersize=2)
-    for degree, style in ((1, "--"), (2, "-")):
-        if len(rank) > degree:
-            fitted = np.polynomial.Polynomial.fit(rank, importance, degree)
-            axis.plot(rank, fitted(rank), style, color=PREDICTIVE, linewidth=1.2)
-    axis.tick_params(labelsize=7)
 
 
 def findings(run: Run) -> list[str]:

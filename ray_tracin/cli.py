@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import pandas as pd
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from ray_tracin.charts import findings
 from ray_tracin.datasets import execute_on_ray_data
-from ray_tracin.explanation import explain_region
+from ray_tracin.explanation import RegionExplanation, explain_region
 from ray_tracin.figures import DrawFigures, draw_explanation
 from ray_tracin.phantom import Edition
 from ray_tracin.pipeline import STEPS, Executors, is_prepared, run_to, status, verify
@@ -29,6 +28,10 @@ from ray_tracin.stages import Event, Listener, Stage
 
 DEMO_PATIENTS = 28
 PLAIN_LINE_SECONDS = 5.0
+LOG_WIDTH = 160
+SHOWN_FEATURES = 3
+"""Predictive features that a line of an explanation names."""
+TITLES = {"proponent": "Proponents", "neutral": "Neutral regions", "opponent": "Opponents"}
 
 app = typer.Typer(
     help="Explain a segmentation network by its training data.",
@@ -239,8 +242,9 @@ def explain(
         )
         for warning in found.warnings:
             out.print(f"warning: {warning}", markup=False)
-        for title, ranking in (("Proponents", found.proponents), ("Opponents", found.opponents)):
-            out.print(_ranking_table(title, ranking))
+        for name in found.rankings:
+            # A log has no width that lines must keep to.
+            out.print(_ranking_table(found, name), width=None if out.is_terminal else LOG_WIDTH)
         if picture is not None:
             draw_explanation(opened, found, picture)
             out.print(f"drawn in {picture}", markup=False)
@@ -302,10 +306,14 @@ class _PlainLines:
         print(f"{event.stage}: {event.done}/{event.total} in {spent:.1f} s{left} {event.detail}".rstrip(), flush=True)
 
 
-def _ranking_table(title: str, ranking: pd.DataFrame) -> Table:
-    table = Table("rank", "influence", "patient", "slice", "class", "overlap", title=title)
-    for line in ranking.itertuples():
-        values = (line.rank, f"{line.influence:.4g}", line.patient, line.index, line.class_name, f"{line.overlap:.2f}")
+def _ranking_table(found: RegionExplanation, name: str) -> Table:
+    title = f"{TITLES[name]}, by {found.ranked_by} influence"
+    table = Table("rank", "influence", "cosine", "patient", "slice", "class", "overlap", "", "features", title=title)
+    for line in found.rankings[name].to_dict("records"):
+        features = ", ".join(f"{feature} ({value:.2f})" for feature, value in found.links(line, SHOWN_FEATURES))
+        where = (line["patient"], line["index"], line["class_name"], f"{line['overlap']:.2f}")
+        mark = "global" if line["is_global"] else ""
+        values = (line["rank"], f"{line['influence']:.4g}", f"{line['cosine']:.3f}", *where, mark, features)
         table.add_row(*(_literal(str(value)) for value in values))
     return table
 

@@ -172,8 +172,8 @@ class RankQueries(Stage[Stripe]):
             frames: dict[str, list[pd.DataFrame]] = {name: [] for name in PARTS}
             class_counts = []
             for scores in ranker.reader.read(key):
-                frames["patient_proponents"].append(ranker.patients(key, scores))
                 for side in SIDES:
+                    frames[f"patient_{side}"].append(ranker.patients(key, scores, side))
                     lists = ranker.lists(scores, side)
                     frames[side].append(ranker.regions(key, scores, lists))
                     if side == "proponents":
@@ -224,14 +224,14 @@ class _Ranker:
             }
         )
 
-    def patients(self, key: Stripe, scores: ClassScores) -> pd.DataFrame:
-        """The ``top_k`` patients with the largest sums, without global explainers; a row an entry."""
+    def patients(self, key: Stripe, scores: ClassScores, side: str) -> pd.DataFrame:
+        """The ``top_k`` patients with the largest (smallest) sums, without global explainers; a row an entry."""
         is_global, names = self._global[scores.query_class - 1], self._regions.names
         influence, cosine, ranked = (
             sum_by_patient(score, self._regions.patient_of, is_global, len(names))
             for score in (scores.influence, scores.cosine, scores.ranked)
         )
-        lists = rank_regions(ranked[0], self._settings.top_k)
+        lists = rank_regions(SIDES[side] * ranked[0], self._settings.top_k)
         query, place = (lists != NONE).nonzero(as_tuple=True)
         patient = lists[query, place]
         sums = {"influence": influence[0], "cosine": cosine[0]}
@@ -263,7 +263,7 @@ class _Ranker:
         }
 
 
-PARTS = (*SIDES, "patient_proponents")
+PARTS = (*SIDES, *(f"patient_{side}" for side in SIDES))
 """The tables that `RankQueries` writes parts of."""
 CLASSES_TABLE = "proponent_classes"
 
@@ -277,8 +277,9 @@ class TabulateRankings(Stage[str]):
     all regions), ``local_rank`` (among those that are no global explainers; 0 for these), ``is_global``, ``ranked_by``:
     for each query region the first ``explainers.top_k`` local ones and the global ones before them.
 
-    ``patient_proponents.parquet``: by patient, ``influence`` and ``cosine`` summed over the patient's ``regions`` that
-    are no global explainers, and their means, ranked by the sum.
+    ``patient_proponents.parquet`` and ``patient_opponents.parquet``: by patient, ``influence`` and ``cosine`` summed
+    over the patient's ``regions`` that are no global explainers, and their means, ranked by the sum, the largest first
+    and the smallest first. As with regions, an opponent is among the smallest, whether or not its sum is below 0.
 
     ``proponent_classes.parquet`` (figure 5): ``query_set``, ``query_class``, ``train_class``, ``count`` and ``share``
     among the first ``explainers.class_list`` local proponents; NaN for a class that no query has.

@@ -1,17 +1,25 @@
-"""The local explanation of one region: its proponents and opponents, read from a finished tensor."""
+"""The local explanation of one region, read from a finished run: proponents, neutral regions, opponents, features."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
+from torch import Tensor
 
 from ray_tracin import store as paths
 from ray_tracin.assembly import train_regions
-from ray_tracin.influence import rank_influence
+from ray_tracin.explainers import NONE, first_local, rank_regions
+from ray_tracin.explaining import SIDES, global_columns
+from ray_tracin.features import similarity
+from ray_tracin.featuring import MAXIMA, POOLED
 from ray_tracin.runs import Run
-from ray_tracin.vocabulary import QuerySet
+from ray_tracin.scores import ClassScores, StripeReader
+from ray_tracin.store import Array, IncompleteRunError
+from ray_tracin.vocabulary import QuerySet, Stripe
 
 LOW_OVERLAP = 0.1
 """Below this share of a region in its ground truth its Dice and the gradient of it are near zero whatever is wrong."""
@@ -19,7 +27,13 @@ LOW_OVERLAP = 0.1
 
 @dataclass(frozen=True)
 class RegionExplanation:
-    """Why the network predicts this region: the train regions that pushed it there, and those that pushed against."""
+    """Why the network predicts this region: who pushed it there, who pushed against, and through which features.
+
+    A row of ``proponents``, ``neutral`` and ``opponents`` is a train region: rank, influence, cosine, patient, index,
+    class_name, class_id, slice, overlap, is_global, and ``feature_K`` for every one of ``features``, the similarity of
+    the two regions in feature K (eq. 7). Proponents come most influential first; neutral regions nearest to 0 first.
+    Global explainers don't count among the k, and stand where they rank; a region is not in its own lists.
+    """
 
     patient: str
     index: int
@@ -33,14 +47,25 @@ class RegionExplanation:
     pixels: int
     overlap: float
     dice: float
+    ranked_by: str
+    """``raw`` influence or ``cosine``."""
     proponents: pd.DataFrame
-    """rank, influence, patient, index, class_name, class_id, slice, overlap; most influential first."""
+    neutral: pd.DataFrame
     opponents: pd.DataFrame
+    features: tuple[int, ...]
+    """The predictive features of the class (pooled ranking), most important at the first proponent first."""
+    missing: tuple[str, ...] = ()
+    """What this run has not computed yet, and the explanation lacks."""
+
+    @property
+    def rankings(self) -> dict[str, pd.DataFrame]:
+        """The three tables by what their regions are."""
+        return {"proponent": self.proponents, "neutral": self.neutral, "opponent": self.opponents}
 
     @property
     def warnings(self) -> list[str]:
         """What a reader must know before believing the table."""
-        found = []
+        found = list(self.missing)
         if not self.labelled:
             found.append("this slice has no ground truth: the network's own prediction stands in for it")
         elif self.overlap < LOW_OVERLAP:
@@ -50,9 +75,14 @@ class RegionExplanation:
             )
         return found
 
+    def links(self, line: Mapping[Any, Any], count: int) -> list[tuple[int, float]]:
+        """The features in which query and a row's train region agree most, and how much (eq. 7); undefined left out."""
+        found = [(feature, float(line[f"feature_{feature}"])) for feature in self.features]
+        return sorted((pair for pair in found if not np.isnan(pair[1])), key=lambda pair: -pair[1])[:count]
+
 
 def explain_region(run: Run, patient: str, index: int, class_name: str, k: int = 10) -> RegionExplanation:
-    """The k strongest proponents and opponents of a region (patient or case, slice position, class).
+    """The k strongest proponents and opponents, and the k most neutral, of a region (patient or case, slice, class).
 
     Raises:
         ValueError: there is no such class, slice or region; what there is, is listed.
@@ -63,11 +93,14 @@ def explain_region(run: Run, patient: str, index: int, class_name: str, k: int =
     query_set, position = _query_position(run, row)
     table = run.table("regions")
     region = table[(table["slice"] == row) & (table["class"] == class_id)].iloc[0]
-    selection = (slice(class_id - 1, class_id), slice(position, position + 1), slice(0, len(train_regions(run)[0])))
-    influence = torch.from_numpy(run.store.read(f"{paths.INFLUENCE}/{query_set}", selection)[0, 0])
-    if bool(influence.isnan().all()):
+    scores = query_scores(run, query_set, position, class_id)
+    if bool(scores.influence.isnan().all()):
         raise ValueError(_no_region(run, row, class_name))
-    best, worst = rank_influence(influence, k)
+    is_global, features, missing = _context(run, class_id)
+    lists = {side: _first(sign * scores.ranked, is_global, k) for side, sign in SIDES.items()}
+    lists["neutral"] = nearest_to_zero(scores.ranked, k)
+    rows = {name: _ranking(run, scores, columns, is_global) for name, columns in lists.items()}
+    about = region_features(run, row, class_id, features)
     return RegionExplanation(
         patient=str(run.slices.set_index("slice").loc[row, "patient"]),
         index=index,
@@ -79,9 +112,78 @@ def explain_region(run: Run, patient: str, index: int, class_name: str, k: int =
         pixels=int(region["pixels"]),
         overlap=float(region["overlap"]),
         dice=float(region["dice"]),
-        proponents=_ranking(run, influence, best.tolist()),
-        opponents=_ranking(run, influence, worst.tolist()),
+        ranked_by=run.config.explainers.score,
+        **{name: _with_links(run, ranking, about, features) for name, ranking in rows.items()},
+        features=features,
+        missing=missing,
     )
+
+
+def query_scores(run: Run, query_set: QuerySet, position: int, class_id: int) -> ClassScores:
+    """Influence and cosine of every train region on the region of one class and one slice of a query set."""
+    found = list(StripeReader(run).read(Stripe(query_set, position, position + 1)))
+    return found[class_id - 1]
+
+
+def nearest_to_zero(score: Tensor, k: int) -> npt.NDArray[np.int64]:
+    """The columns of the k scores nearest to 0, nearest first: neither proponents nor opponents."""
+    return _columns(rank_regions(-score.abs(), k)[0])
+
+
+def region_features(run: Run, row: int, class_id: int, features: Sequence[int]) -> Tensor:
+    """The maxima of some features in a region; NaN where there is none."""
+    if not features:
+        return torch.empty(0)
+    shape = run.store.array(MAXIMA).shape
+    maxima = run.store.read(MAXIMA, (slice(row, row + 1), slice(class_id - 1, class_id), slice(0, shape[2])))
+    return torch.from_numpy(maxima[0, 0, list(features)])
+
+
+def _context(run: Run, class_id: int) -> tuple[Tensor, tuple[int, ...], tuple[str, ...]]:
+    """Who is global for queries of the class, its predictive features, and what of these is not known yet."""
+    missing = []
+    is_global = torch.zeros(len(train_regions(run)[0]), dtype=torch.bool)
+    features: tuple[int, ...] = ()
+    try:
+        is_global = torch.from_numpy(global_columns(run))[class_id - 1]
+    except IncompleteRunError:
+        missing.append(f"global explainers are not known yet: `ray-tracin explainers --run {run.uri}` finds them")
+    try:
+        features = predictive_features(run, class_id)
+    except IncompleteRunError:
+        missing.append(f"predictive features are not known yet: `ray-tracin features --run {run.uri}` finds them")
+    return is_global, features, tuple(missing)
+
+
+def predictive_features(run: Run, class_id: int) -> tuple[int, ...]:
+    """The predictive features of a class by its pooled ranking, most important at the first proponent first.
+
+    Raises:
+        IncompleteRunError: they are not measured yet.
+    """
+    if "test" not in run.query_sets:
+        return ()
+    table = run.store.read_table(paths.FEATURE_TRENDS)
+    mine = table[(table["query_class"] == class_id) & (table["train_class"] == POOLED) & table["predictive"]]
+    ordered = mine.sort_values("importance_first", ascending=False, kind="stable")
+    return tuple(int(feature) for feature in ordered["feature"])
+
+
+def _first(score: Tensor, is_global: Tensor, k: int) -> npt.NDArray[np.int64]:
+    lists = rank_regions(score, k + int(is_global.sum()))
+    return _columns(lists[first_local(lists, is_global, k)])
+
+
+def _columns(found: Tensor) -> npt.NDArray[np.int64]:
+    columns: npt.NDArray[np.int64] = found[found != NONE].numpy()
+    return columns
+
+
+def _with_links(run: Run, ranking: pd.DataFrame, query: Tensor, features: Sequence[int]) -> pd.DataFrame:
+    lines = zip(ranking["slice"], ranking["class_id"], strict=True)
+    maxima = [region_features(run, int(row), int(class_id), features) for row, class_id in lines]
+    links = similarity(query, torch.stack(maxima)) if maxima else torch.empty(0, len(features))
+    return ranking.assign(**{f"feature_{k}": links[:, place].numpy() for place, k in enumerate(features)})
 
 
 def _class_id(run: Run, class_name: str) -> int:
@@ -122,20 +224,22 @@ def _no_region(run: Run, row: int, class_name: str) -> str:
     )
 
 
-def _ranking(run: Run, influence: torch.Tensor, columns: Sequence[int]) -> pd.DataFrame:
-    train_slices, train_classes = (values[list(columns)] for values in train_regions(run))
+def _ranking(run: Run, scores: ClassScores, columns: Array, is_global: Tensor) -> pd.DataFrame:
+    train_slices, train_classes = (values[columns] for values in train_regions(run))
     slices = run.slices.set_index("slice").reindex(train_slices)
     regions = run.table("regions").set_index(["slice", "class"])
     found = regions.reindex(pd.MultiIndex.from_arrays([train_slices, train_classes]))
     return pd.DataFrame(
         {
             "rank": np.arange(1, len(columns) + 1),
-            "influence": influence[list(columns)].numpy(),
+            "influence": scores.influence[0, columns].numpy(),
+            "cosine": scores.cosine[0, columns].numpy(),
             "patient": slices["patient"].to_numpy(),
             "index": slices["index"].to_numpy(),
             "class_name": [run.classes[int(class_id) - 1] for class_id in train_classes],
             "class_id": train_classes,
             "slice": train_slices,
             "overlap": found["overlap"].to_numpy(),
+            "is_global": is_global.numpy()[columns],
         }
     )

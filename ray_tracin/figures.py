@@ -1,32 +1,33 @@
 """Pictures of a run, as one would print them: the paper's figures, and the explanation of a region.
 
-Slices are drawn as radiologists see them: anterior at the top, the patient's left on the right. Colours are those of
-Okabe and Ito, which colour-blind readers can tell apart.
+Slices are drawn by `panels`, as radiologists see them. Colours are those of Okabe and Ito, which colour-blind readers
+can tell apart.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, SymLogNorm, to_rgb
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
+from matplotlib.figure import Figure, SubFigure
 
-from ray_tracin import store as paths
-from ray_tracin.charts import class_colours, draw_feature_curves, draw_feature_impact, draw_proponent_classes
+from ray_tracin.charts import class_colours, draw_feature_impact, draw_proponent_classes
+from ray_tracin.curves import draw_feature_curves
 from ray_tracin.explanation import RegionExplanation
+from ray_tracin.panels import draw_region, mark_sides, shortened
 from ray_tracin.runs import Run
 from ray_tracin.stages import Result, Stage
-from ray_tracin.store import Array
 from ray_tracin.vocabulary import ranges
 
-REGION_OPACITY = 0.45
+STRIP_INCHES = 0.14
+"""Height of a line of the heat map."""
 TILE_INCHES = 1.75
 DPI = 150
 MATRIX_PIXELS = 1800
@@ -36,33 +37,62 @@ SCALE_QUANTILES = (0.5, 0.995)
 
 
 def draw_explanation(run: Run, found: RegionExplanation, path: Path, *, shown: int = 4, modality: str = "") -> None:
-    """Write a PNG: the explained region in every modality, and below it its strongest proponents and opponents.
+    """Write a PNG: the explained region in every modality, its strongest proponents, neutral regions, opponents.
 
     The filled area is the region (where the network is confident of the class), the line the ground truth. Train slices
-    are drawn in one modality, the first that ``modality`` names or else the last of the run.
+    are drawn in one modality, the first that ``modality`` names or else the last of the run; global explainers are left
+    out. The heat map below has the similarity of each of them with the query in every predictive feature (eq. 7).
 
     Raises:
         ValueError: the run has no such modality.
     """
     channel = _channel(run, modality)
     columns = max(len(run.modalities), shown)
-    figure = Figure(figsize=(columns * TILE_INCHES, 3 * (TILE_INCHES + 0.42)), layout="constrained", facecolor="white")
-    axes = figure.subplots(3, columns, squeeze=False)
+    chosen = {name: table[~table["is_global"]].head(shown) for name, table in found.rankings.items()}
+    strip = STRIP_INCHES * (sum(map(len, chosen.values())) + 4) if found.features else 0
+    height = 4 * (TILE_INCHES + 0.42)
+    figure = Figure(figsize=(columns * TILE_INCHES, height + strip), layout="constrained", facecolor="white")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(height, strip or 0.01))
+    upper, lower = parts
+    axes = upper.subplots(4, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     _draw_query(run, found, list(axes[0]))
-    for row, title, ranking in ((1, "proponent", found.proponents), (2, "opponent", found.opponents)):
-        for axis, line in zip(axes[row], ranking.head(shown).to_dict("records"), strict=False):
-            _draw_slice(axis, run, line["slice"], line["class_id"], channel)
-            heading = f"{title} {line['rank']}: {line['influence']:.2g}"
-            where = f"{line['class_name']}, {_short(line['patient'])}, {line['index']}"
-            axis.set_title(f"{heading}\n{where}", fontsize=7)
+    for row, (title, table) in zip(axes[1:], chosen.items(), strict=True):
+        for axis, line in zip(row, table.to_dict("records"), strict=False):
+            draw_region(axis, run, line["slice"], line["class_id"], channel)
+            heading = f"{title} {line['rank']}: {line['influence']:.2g} (cos {line['cosine']:.2f})"
+            where = (
+                f"{line['class_name']}, {shortened(line['patient'])}, {line['index']}, overlap {line['overlap']:.2f}"
+            )
+            axis.set_title(f"{heading}\n{where}", fontsize=6)
+    if strip:
+        _draw_links(lower, found, chosen)
     figure.suptitle(
         f"{found.class_name} of {found.patient}, slice {found.index}: region Dice {found.dice:.2f}, overlap "
-        f"{found.overlap:.2f}",
-        fontsize=9,
+        f"{found.overlap:.2f}; ranked by {found.ranked_by} influence",
+        fontsize=8,
     )
     path.write_bytes(_png(figure))
+
+
+def _draw_links(figure: SubFigure, found: RegionExplanation, chosen: Mapping[str, pd.DataFrame]) -> None:
+    """A row a train region, a column a predictive feature: how much they agree with the query."""
+    axis = figure.subplots()
+    names = [f"{title} {rank}" for title, table in chosen.items() for rank in table["rank"]]
+    columns = [f"feature_{feature}" for feature in found.features]
+    values = np.concatenate([table[columns].to_numpy(dtype=float) for table in chosen.values()])
+    colours = colormaps["cividis"].with_extremes(bad="white")
+    drawn = axis.imshow(values, cmap=colours, vmin=min(0, np.nanmin(values, initial=0)), vmax=1, aspect="auto")
+    axis.set_yticks(range(len(names)), names, fontsize=5.5)
+    axis.set_xticks(range(len(columns)), [str(feature) for feature in found.features], fontsize=5.5)
+    for border in np.cumsum([len(table) for table in chosen.values()])[:-1]:
+        axis.axhline(border - 0.5, color="white", linewidth=2)
+    axis.set_xlabel("predictive feature, most important first", fontsize=7)
+    axis.tick_params(length=0)
+    bar = figure.colorbar(drawn, ax=axis, fraction=0.03, pad=0.01)
+    bar.set_label("similarity\nwith the query", fontsize=6)
+    bar.ax.tick_params(labelsize=5.5)
 
 
 @dataclass(frozen=True)
@@ -198,30 +228,6 @@ def _channel(run: Run, modality: str) -> int:
 
 def _draw_query(run: Run, found: RegionExplanation, axes: Sequence[Axes]) -> None:
     for channel, name in enumerate(run.modalities):
-        _draw_slice(axes[channel], run, found.slice, found.class_id, channel)
+        draw_region(axes[channel], run, found.slice, found.class_id, channel)
         axes[channel].set_title(name, fontsize=8)
-    axes[0].text(0.02, 0.5, "R", color="white", fontsize=7, va="center", transform=axes[0].transAxes)
-    axes[0].text(0.98, 0.5, "L", color="white", fontsize=7, va="center", ha="right", transform=axes[0].transAxes)
-
-
-def _draw_slice(axis: Axes, run: Run, row: int, class_id: int, channel: int) -> None:
-    image = run.images([row])[0, channel]
-    truth = run.labels([row])[0] == class_id
-    selection = (slice(row, row + 1), slice(class_id - 1, class_id), *(slice(0, length) for length in image.shape))
-    region = run.store.read(paths.MASKS, selection)[0, 0]
-    axis.imshow(_painted(image, region, class_colours(class_id)[-1]), interpolation="nearest")
-    if truth.any():
-        line = axis.contour(truth, levels=[0.5], colors="white", linewidths=0.7)
-        line.set(path_effects=[withStroke(linewidth=1.6, foreground="black")])  # white alone is lost on bright tumours
-
-
-def _painted(image: Array, region: Array, colour: str) -> Array:
-    """RGB of a slice in [−1, 1] with a region in a colour over it."""
-    grey = np.clip((image[..., None] + 1) / 2, 0, 1)
-    opacity = REGION_OPACITY * region[..., None]
-    painted: Any = grey * (1 - opacity) + np.asarray(to_rgb(colour)) * opacity
-    return np.asarray(painted)
-
-
-def _short(patient: str) -> str:
-    return patient if len(patient) <= 14 else f"…{patient[-13:]}"
+    mark_sides(axes[0])

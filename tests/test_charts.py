@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ray_tracin.charts import class_colours, compared, draw_feature_curves, draw_proponent_classes, findings
+from ray_tracin.charts import class_colours, compared, draw_proponent_classes, findings
 from ray_tracin.runs import Run
 
 

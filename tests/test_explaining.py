@@ -17,7 +17,10 @@ from ray_tracin.stages import Executor, complete, execute_serially
 from ray_tracin.store import RunStore
 
 CLASSES, TRAIN, TEST = 3, 20, 4
-TABLES = ("global_explainers", "proponents", "opponents", "patient_proponents", "proponent_classes")
+TABLES = (
+    *("global_explainers", "proponents", "opponents", "patient_proponents", "patient_opponents"),
+    "proponent_classes",
+)
 STAGES = ("list-counts", "global-explainers", "rankings", "ranking-tables")
 SMALL = ExplainersConfig(top_k=4, list_length=5, class_list=3, max_share=0.5)
 QUERY = ["query_set", "query_slice", "query_class"]
@@ -185,15 +188,14 @@ def test_patients_are_ranked_by_the_sum_of_their_regions(copied: Run, score: str
         cosine_mean=("cosine", lambda values: values.astype(float).mean()),
         regions=(by, "count"),
     )
-    sums = (
-        sums.reset_index()
-        .dropna(subset=by)
-        .sort_values([*QUERY, by, "train_patient"], ascending=[True] * 3 + [False, True])
-    )
-    sums["rank"] = sums.groupby(QUERY).cumcount() + 1
-    found = table(run, "patient_proponents").sort_values([*QUERY, "rank"])
+    sums = sums.reset_index().dropna(subset=by)
     columns = [*QUERY, "train_patient", "influence", "cosine", "influence_mean", "cosine_mean", "regions", "rank"]
-    compare(found, sums[sums["rank"] <= SMALL.top_k], columns)
+    for name, rising in (("patient_proponents", False), ("patient_opponents", True)):
+        order = sums.sort_values([*QUERY, by, "train_patient"], ascending=[True] * 3 + [rising, True])
+        expected = order.assign(rank=order.groupby(QUERY).cumcount() + 1)
+        found = table(run, name).sort_values([*QUERY, "rank"])
+        compare(found, expected[expected["rank"] <= SMALL.top_k], columns)
+        assert set(found.ranked_by) == {score}
 
 
 def test_tables_of_the_runs_own_tensor(copied: Run) -> None:

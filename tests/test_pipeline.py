@@ -205,6 +205,8 @@ def test_files_keep_the_contract(tiny_run: Run) -> None:
         "checkpoints.parquet": "epoch optimizer learning_rate file influence dice_train_1 dice_validation_3 loss",
         "regions.parquet": "slice class pixels overlap dice",
         "tables/self_influence.parquet": "self_influence rank",
+        "tables/slice_self_influence.parquet": "train_slice patient regions self_influence self_influence_mean rank",
+        "tables/patient_self_influence.parquet": "patient regions self_influence self_influence_mean rank rank_mean",
         "skipped.parquet": "case path reason",
     }
     for path, names in columns.items():
@@ -248,6 +250,29 @@ def test_self_influence_is_the_ranked_diagonal(tiny_run: Run) -> None:
     assert len(table) == (~np.isnan(diagonal)).sum()
     assert (table.self_influence.diff().dropna() <= 0).all()
     assert list(table["rank"]) == list(range(1, len(table) + 1))
+
+
+@pytest.mark.parametrize(("name", "column"), [("slice", "train_slice"), ("patient", "patient")])
+def test_self_influence_of_slices_and_patients_adds_up_their_regions(tiny_run: Run, name: str, column: str) -> None:
+    whole = tensor(tiny_run, "train").double()
+    diagonal = whole.reshape(-1, whole.shape[2]).diagonal().numpy()
+    slices = tiny_run.slices.set_index("slice")["patient"]
+    owner = np.tile(tiny_run.train_slices, 3) if name == "slice" else slices[np.tile(tiny_run.train_slices, 3)]
+    regions = pd.Series(diagonal, index=np.asarray(owner)).dropna()
+    found = tiny_run.table(f"{name}_self_influence").set_index(column)
+    assert sorted(found.index) == sorted(set(regions.index))
+    for who, line in found.iterrows():
+        mine = regions[regions.index == who]
+        assert line.regions == len(mine)
+        np.testing.assert_allclose(
+            [line.self_influence, line.self_influence_mean], [mine.sum(), mine.mean()], rtol=1e-5
+        )
+    assert list(found["rank"]) == list(range(1, len(found) + 1))
+    assert found.self_influence.is_monotonic_decreasing
+    assert found.sort_values("rank_mean").self_influence_mean.is_monotonic_decreasing
+    assert sorted(found["rank_mean"]) == list(found["rank"])
+    if name == "slice":
+        assert (found.patient == slices[found.index]).all()
 
 
 def test_running_again_computes_nothing_and_every_byte_is_accounted_for(tiny_run: Run) -> None:

@@ -1,0 +1,171 @@
+"""Figure 6: how important features are along the rankings, and what they look like on a query and its train regions."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+from ray_tracin.assembly import train_regions
+from ray_tracin.charts import OTHERS, PREDICTIVE
+from ray_tracin.explainers import rank_regions
+from ray_tracin.explaining import global_columns
+from ray_tracin.explanation import nearest_to_zero, query_scores, region_features
+from ray_tracin.features import similarity
+from ray_tracin.featuring import POOLED
+from ray_tracin.panels import draw_feature, mark_sides, region_mask, shortened
+from ray_tracin.runs import FINAL, Run, pick_device
+from ray_tracin.store import Array
+from ray_tracin.unet import HEAD, last_hidden_maps
+
+SHOWN_TRENDS = ("u_shaped", "linear", "flat", "inverted_u")
+CURVES_INCHES, PANEL_INCHES, WIDTH_INCHES = 2.6, 2.05, 9.6
+"""Heights of the curves and of a row of slices; width of the figure."""
+Line = Mapping[Any, Any]
+"""A row of ``feature_trends.parquet``."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A region on which a feature is shown: the query, or a train region by what it is to it."""
+
+    role: str
+    slice: int
+    class_id: int
+    influence: float
+    """On the query; NaN of the query itself."""
+
+
+def draw_feature_curves(run: Run) -> Figure:
+    """Figure 6: importance against rank (eq. 8, pooled over train classes) of four features, and their maps.
+
+    For each of the trends ``u_shaped``, ``linear``, ``flat`` and ``inverted_u`` the feature whose first importance is
+    largest; where a run lacks one, the next most important features fill up. Below each curve the feature's map over
+    the largest test region of the class (`examples`) and over its first proponent, the train region with the influence
+    nearest to 0, and its first opponent; with its maximum ``f`` in each region and the similarity ``S`` with the query
+    (eq. 7).
+    """
+    trends = run.table("feature_trends")
+    chosen = _chosen_features(trends[(trends["train_class"] == POOLED) & (trends["trend"] != "dead")])
+    lines = chosen.to_dict("records")
+    shown = {class_id: examples(run, class_id) for class_id in sorted({int(line["query_class"]) for line in lines})}
+    rows = max(map(len, shown.values()), default=0)
+    figure = Figure(
+        figsize=(WIDTH_INCHES, CURVES_INCHES + rows * PANEL_INCHES), layout="constrained", facecolor="white"
+    )
+    parts: Any = figure.subfigures(2, 1, height_ratios=(CURVES_INCHES, max(rows * PANEL_INCHES, 0.01)))
+    upper, lower = parts
+    _draw_curves(upper, run, lines)
+    if rows:
+        _draw_maps(lower, run, lines, shown)
+    return figure
+
+
+def _chosen_features(trends: pd.DataFrame) -> pd.DataFrame:
+    ordered = trends.sort_values("importance_first", ascending=False, kind="stable")
+    firsts = [ordered[ordered["trend"] == trend].head(1) for trend in SHOWN_TRENDS]
+    best = pd.concat([*firsts, ordered]).drop_duplicates(["feature", "query_class"])
+    return best.head(len(SHOWN_TRENDS))
+
+
+def examples(run: Run, class_id: int) -> list[Example]:
+    """The largest test region of a class, its first proponent, its most neutral train region, its first opponent.
+
+    By raw influence, as the features are ranked, global explainers left out.
+    """
+    queries = run.query_slices("test")
+    regions = run.table("regions")
+    mine = regions[(regions["class"] == class_id) & regions["slice"].isin(queries) & (regions["pixels"] > 0)]
+    if mine.empty:
+        return []
+    row = int(mine["slice"].to_numpy()[mine["pixels"].to_numpy().argmax()])
+    scores = query_scores(run, "test", queries.index(row), class_id).influence
+    left = scores.masked_fill(torch.from_numpy(global_columns(run))[class_id - 1], torch.nan)
+    columns = {
+        "proponent": rank_regions(left, 1)[0, 0],
+        "neutral": nearest_to_zero(left, 1)[0],
+        "opponent": rank_regions(-left, 1)[0, 0],
+    }
+    train_slices, train_classes = train_regions(run)
+    found = [
+        Example(role, int(train_slices[column]), int(train_classes[column]), float(left[0, column]))
+        for role, column in columns.items()
+    ]
+    return [Example("query", row, class_id, float("nan")), *found]
+
+
+def _draw_curves(figure: SubFigure, run: Run, lines: Sequence[Line]) -> None:
+    curves = run.table("feature_importance")
+    curves = curves[curves["train_class"] == POOLED]
+    axes = list(figure.subplots(1, len(SHOWN_TRENDS), sharey=True))
+    for axis, line in zip(axes, lines, strict=False):
+        mine = curves[(curves["feature"] == line["feature"]) & (curves["query_class"] == line["query_class"])]
+        _draw_curve(axis, mine["rank"].to_numpy(dtype=float), mine["importance"].to_numpy(dtype=float))
+        mark = ", predictive" if line["predictive"] else ""
+        trend = str(line["trend"]).replace("_", "-")
+        axis.set_title(f"feature {line['feature']}, {_class_name(run, line)}\n{trend}{mark}", fontsize=8)
+        axis.set_xlabel("rank (proponents first)", fontsize=8)
+    axes[0].set_ylabel("importance", fontsize=8)
+    for axis in axes[len(lines) :]:
+        axis.set_axis_off()
+
+
+def _class_name(run: Run, line: Line) -> str:
+    return run.classes[int(line["query_class"]) - 1]
+
+
+def _draw_curve(axis: Axes, rank: Float[np.ndarray, " rank"], importance: Float[np.ndarray, " rank"]) -> None:
+    axis.plot(rank, importance, ".", color=OTHERS, markersize=2)
+    for degree, style in ((1, "--"), (2, "-")):
+        if len(rank) > degree:
+            fitted = np.polynomial.Polynomial.fit(rank, importance, degree)
+            axis.plot(rank, fitted(rank), style, color=PREDICTIVE, linewidth=1.2)
+    axis.tick_params(labelsize=7)
+
+
+def _draw_maps(figure: SubFigure, run: Run, lines: Sequence[Line], shown: Mapping[int, Sequence[Example]]) -> None:
+    """A column a feature, a row an example; colours of a column have one scale."""
+    axes = figure.subplots(max(map(len, shown.values())), len(SHOWN_TRENDS), squeeze=False)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    for column, line in zip(axes.T, lines, strict=False):
+        feature, found = int(line["feature"]), shown[int(line["query_class"])]
+        maps = list(feature_maps(run, [example.slice for example in found], feature))
+        top = max(float(values.max()) for values in maps)
+        strengths = [region_features(run, example.slice, example.class_id, [feature]) for example in found]
+        for axis, example, values, strength in zip(column, found, maps, strengths, strict=False):
+            image = run.images([example.slice])[0, -1]
+            drawn = draw_feature(axis, image, region_mask(run, example.slice, example.class_id), values, top)
+            same = float(similarity(strengths[0], strength))
+            axis.set_title(_caption(run, example, float(strength), same), fontsize=6)
+        bar = figure.colorbar(drawn, ax=column[-1], location="bottom", fraction=0.06, pad=0.02)
+        bar.set_label(f"map of feature {feature}", fontsize=6)
+        bar.ax.tick_params(labelsize=5.5)
+    for axis, example in zip(axes[:, 0], next(iter(shown.values())), strict=False):
+        axis.set_ylabel(example.role, fontsize=8)
+        mark_sides(axis)
+
+
+def _caption(run: Run, example: Example, strength: float, same: float) -> str:
+    about = run.slices.set_index("slice").loc[example.slice]
+    where = f"{run.classes[example.class_id - 1]}, {shortened(about['patient'])}, {about['index']}"
+    if example.role == "query":
+        return f"{where}\nf = {strength:.2f}"
+    return f"{where}\nT = {example.influence:.2g}, f = {strength:.2f}, S = {same:.2f}"
+
+
+def feature_maps(run: Run, rows: Sequence[int], feature: int) -> Iterator[Array]:
+    """The map of a feature of the final network's last hidden layer on each of some slices."""
+    device = pick_device(run)
+    network = run.model(FINAL).to(device)
+    for row in rows:
+        with torch.inference_mode():
+            _, maps = last_hidden_maps(network, HEAD, torch.from_numpy(run.images([row])).to(device))
+        yield maps[0, feature].float().cpu().numpy()
