@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 wrong usage or configuration, 1 failed. A failure prints w
 ``--debug`` shows the traceback.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -39,7 +41,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False, soft_wrap=True)
+# A log has no width that lines must keep to.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 RunOption = Annotated[str, typer.Option("--run", help="Folder or URL of the run: ./my-run, s3://bucket/run.")]
@@ -228,13 +231,18 @@ def explain(
     class_name: Annotated[str, typer.Option("--class", help="Name of the class.")],
     top: Annotated[int, typer.Option(min=1, help="How many proponents and opponents.")] = 10,
     picture: Annotated[Path | None, typer.Option("--out", help="Draw it too: a PNG file.")] = None,
+    keep_global: Annotated[bool, typer.Option("--keep-global", help="Global explainers too, marked *.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """The local explanation of one region: which training regions pushed the network to it, and which against it."""
+    """The local explanation of one region: which training regions pushed the network to it, and which against it.
+
+    Neutral regions are those with the influence nearest to 0. The features are the predictive ones in which query and
+    train region agree most, with their similarity (eq. 7).
+    """
     with _failing_clearly(debug):
         with _configuring(debug):
             opened = open_run(run)
-        found = explain_region(opened, patient, index, class_name, top)
+        found = explain_region(opened, patient, index, class_name, top, keep_global=keep_global)
         out.print(
             f"{found.patient}, slice {found.index}, {found.class_name}: {found.pixels} pixels, "
             f"overlap {found.overlap:.2f}, region Dice {found.dice:.2f} ({found.query_set} set)",
@@ -242,9 +250,10 @@ def explain(
         )
         for warning in found.warnings:
             out.print(f"warning: {warning}", markup=False)
+        if found.global_explainers and not keep_global:
+            out.print(f"{found.global_explainers} global explainers of this class are left out (--keep-global)")
         for name in found.rankings:
-            # A log has no width that lines must keep to.
-            out.print(_ranking_table(found, name), width=None if out.is_terminal else LOG_WIDTH)
+            out.print(_ranking_table(found, name))
         if picture is not None:
             draw_explanation(opened, found, picture)
             out.print(f"drawn in {picture}", markup=False)
@@ -308,12 +317,14 @@ class _PlainLines:
 
 def _ranking_table(found: RegionExplanation, name: str) -> Table:
     title = f"{TITLES[name]}, by {found.ranked_by} influence"
-    table = Table("rank", "influence", "cosine", "patient", "slice", "class", "overlap", "", "features", title=title)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for heading in ("rank", "influence", "cosine", "patient", "slice", "class", "overlap", "features"):
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("rank", "influence", "class"))
     for line in found.rankings[name].to_dict("records"):
         features = ", ".join(f"{feature} ({value:.2f})" for feature, value in found.links(line, SHOWN_FEATURES))
         where = (line["patient"], line["index"], line["class_name"], f"{line['overlap']:.2f}")
-        mark = "global" if line["is_global"] else ""
-        values = (line["rank"], f"{line['influence']:.4g}", f"{line['cosine']:.3f}", *where, mark, features)
+        rank = f"{line['rank']}{'*' if line['is_global'] else ''}"
+        values = (rank, f"{line['influence']:.4g}", f"{line['cosine']:.3f}", *where, features)
         table.add_row(*(_literal(str(value)) for value in values))
     return table
 

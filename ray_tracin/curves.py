@@ -15,7 +15,7 @@ from ray_tracin.assembly import train_regions
 from ray_tracin.charts import OTHERS, PREDICTIVE
 from ray_tracin.explainers import rank_regions
 from ray_tracin.explaining import global_columns
-from ray_tracin.explanation import nearest_to_zero, query_scores, region_features
+from ray_tracin.explanation import query_scores, region_features
 from ray_tracin.features import similarity
 from ray_tracin.featuring import POOLED
 from ray_tracin.panels import draw_feature, mark_sides, region_mask, shortened
@@ -88,7 +88,7 @@ def examples(run: Run, class_id: int) -> list[Example]:
     left = scores.masked_fill(torch.from_numpy(global_columns(run))[class_id - 1], torch.nan)
     columns = {
         "proponent": rank_regions(left, 1)[0, 0],
-        "neutral": nearest_to_zero(left, 1)[0],
+        "neutral": rank_regions(-left.abs(), 1)[0, 0],
         "opponent": rank_regions(-left, 1)[0, 0],
     }
     train_slices, train_classes = train_regions(run)
@@ -155,7 +155,7 @@ def _draw_maps(figure: SubFigure, run: Run, lines: Sequence[Line], shown: Mappin
 
 def _caption(run: Run, example: Example, strength: float, same: float) -> str:
     about = run.slices.set_index("slice").loc[example.slice]
-    where = f"{run.classes[example.class_id - 1]}, {shortened(about['patient'])}, {about['index']}"
+    where = f"{run.classes[example.class_id - 1]}, {shortened(str(about['patient']))}, {about['index']}"
     if example.role == "query":
         return f"{where}\nf = {strength:.2f}"
     return f"{where}\nT = {example.influence:.2g}, f = {strength:.2f}, S = {same:.2f}"

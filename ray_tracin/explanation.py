@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
 
 from ray_tracin import store as paths
 from ray_tracin.assembly import train_regions
-from ray_tracin.explainers import NONE, first_local, rank_regions
+from ray_tracin.explainers import first_local, rank_regions
 from ray_tracin.explaining import SIDES, global_columns
 from ray_tracin.features import similarity
 from ray_tracin.featuring import MAXIMA, POOLED
@@ -32,7 +31,8 @@ class RegionExplanation:
     A row of ``proponents``, ``neutral`` and ``opponents`` is a train region: rank, influence, cosine, patient, index,
     class_name, class_id, slice, overlap, is_global, and ``feature_K`` for every one of ``features``, the similarity of
     the two regions in feature K (eq. 7). Proponents come most influential first; neutral regions nearest to 0 first.
-    Global explainers don't count among the k, and stand where they rank; a region is not in its own lists.
+    ``rank`` is that among all train regions, global explainers (``global_explainers`` of them) included, whether or not
+    they are in the lists; a region is not in its own lists.
     """
 
     patient: str
@@ -54,6 +54,8 @@ class RegionExplanation:
     opponents: pd.DataFrame
     features: tuple[int, ...]
     """The predictive features of the class (pooled ranking), most important at the first proponent first."""
+    global_explainers: int
+    """How many train regions are global explainers for queries of the class."""
     missing: tuple[str, ...] = ()
     """What this run has not computed yet, and the explanation lacks."""
 
@@ -81,8 +83,12 @@ class RegionExplanation:
         return sorted((pair for pair in found if not np.isnan(pair[1])), key=lambda pair: -pair[1])[:count]
 
 
-def explain_region(run: Run, patient: str, index: int, class_name: str, k: int = 10) -> RegionExplanation:
+def explain_region(
+    run: Run, patient: str, index: int, class_name: str, k: int = 10, *, keep_global: bool = False
+) -> RegionExplanation:
     """The k strongest proponents and opponents, and the k most neutral, of a region (patient or case, slice, class).
+
+    Global explainers, which explain everything alike, are left out unless ``keep_global``.
 
     Raises:
         ValueError: there is no such class, slice or region; what there is, is listed.
@@ -97,9 +103,10 @@ def explain_region(run: Run, patient: str, index: int, class_name: str, k: int =
     if bool(scores.influence.isnan().all()):
         raise ValueError(_no_region(run, row, class_name))
     is_global, features, missing = _context(run, class_id)
-    lists = {side: _first(sign * scores.ranked, is_global, k) for side, sign in SIDES.items()}
-    lists["neutral"] = nearest_to_zero(scores.ranked, k)
-    rows = {name: _ranking(run, scores, columns, is_global) for name, columns in lists.items()}
+    left_out = torch.zeros_like(is_global) if keep_global else is_global
+    keys = {side: sign * scores.ranked for side, sign in SIDES.items()} | {"neutral": -scores.ranked.abs()}
+    lists = {name: _first(key, left_out, k) for name, key in keys.items()}
+    rows = {name: _ranking(run, scores, found, is_global) for name, found in lists.items()}
     about = region_features(run, row, class_id, features)
     return RegionExplanation(
         patient=str(run.slices.set_index("slice").loc[row, "patient"]),
@@ -115,6 +122,7 @@ def explain_region(run: Run, patient: str, index: int, class_name: str, k: int =
         ranked_by=run.config.explainers.score,
         **{name: _with_links(run, ranking, about, features) for name, ranking in rows.items()},
         features=features,
+        global_explainers=int(is_global.sum()),
         missing=missing,
     )
 
@@ -123,11 +131,6 @@ def query_scores(run: Run, query_set: QuerySet, position: int, class_id: int) ->
     """Influence and cosine of every train region on the region of one class and one slice of a query set."""
     found = list(StripeReader(run).read(Stripe(query_set, position, position + 1)))
     return found[class_id - 1]
-
-
-def nearest_to_zero(score: Tensor, k: int) -> npt.NDArray[np.int64]:
-    """The columns of the k scores nearest to 0, nearest first: neither proponents nor opponents."""
-    return _columns(rank_regions(-score.abs(), k)[0])
 
 
 def region_features(run: Run, row: int, class_id: int, features: Sequence[int]) -> Tensor:
@@ -169,14 +172,11 @@ def predictive_features(run: Run, class_id: int) -> tuple[int, ...]:
     return tuple(int(feature) for feature in ordered["feature"])
 
 
-def _first(score: Tensor, is_global: Tensor, k: int) -> npt.NDArray[np.int64]:
-    lists = rank_regions(score, k + int(is_global.sum()))
-    return _columns(lists[first_local(lists, is_global, k)])
-
-
-def _columns(found: Tensor) -> npt.NDArray[np.int64]:
-    columns: npt.NDArray[np.int64] = found[found != NONE].numpy()
-    return columns
+def _first(key: Tensor, left_out: Tensor, k: int) -> tuple[Array, Array]:
+    """The columns of the k largest that are not left out, and their ranks among all."""
+    lists = rank_regions(key, k + int(left_out.sum()))
+    place = (first_local(lists, left_out, k) & ~left_out[lists.clamp(min=0)])[0].nonzero()[:, 0]
+    return lists[0, place].numpy(), (place + 1).numpy()
 
 
 def _with_links(run: Run, ranking: pd.DataFrame, query: Tensor, features: Sequence[int]) -> pd.DataFrame:
@@ -224,14 +224,15 @@ def _no_region(run: Run, row: int, class_name: str) -> str:
     )
 
 
-def _ranking(run: Run, scores: ClassScores, columns: Array, is_global: Tensor) -> pd.DataFrame:
+def _ranking(run: Run, scores: ClassScores, found: tuple[Array, Array], is_global: Tensor) -> pd.DataFrame:
+    columns, ranks = found
     train_slices, train_classes = (values[columns] for values in train_regions(run))
     slices = run.slices.set_index("slice").reindex(train_slices)
     regions = run.table("regions").set_index(["slice", "class"])
-    found = regions.reindex(pd.MultiIndex.from_arrays([train_slices, train_classes]))
+    there = regions.reindex(pd.MultiIndex.from_arrays([train_slices, train_classes]))
     return pd.DataFrame(
         {
-            "rank": np.arange(1, len(columns) + 1),
+            "rank": ranks,
             "influence": scores.influence[0, columns].numpy(),
             "cosine": scores.cosine[0, columns].numpy(),
             "patient": slices["patient"].to_numpy(),
@@ -239,7 +240,7 @@ def _ranking(run: Run, scores: ClassScores, columns: Array, is_global: Tensor) -
             "class_name": [run.classes[int(class_id) - 1] for class_id in train_classes],
             "class_id": train_classes,
             "slice": train_slices,
-            "overlap": found["overlap"].to_numpy(),
+            "overlap": there["overlap"].to_numpy(),
             "is_global": is_global.numpy()[columns],
         }
     )

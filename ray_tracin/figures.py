@@ -40,17 +40,17 @@ def draw_explanation(run: Run, found: RegionExplanation, path: Path, *, shown: i
     """Write a PNG: the explained region in every modality, its strongest proponents, neutral regions, opponents.
 
     The filled area is the region (where the network is confident of the class), the line the ground truth. Train slices
-    are drawn in one modality, the first that ``modality`` names or else the last of the run; global explainers are left
-    out. The heat map below has the similarity of each of them with the query in every predictive feature (eq. 7).
+    are drawn in one modality, the first that ``modality`` names or else the last of the run. The heat map below has the
+    similarity of each of them with the query in every predictive feature (eq. 7).
 
     Raises:
         ValueError: the run has no such modality.
     """
     channel = _channel(run, modality)
     columns = max(len(run.modalities), shown)
-    chosen = {name: table[~table["is_global"]].head(shown) for name, table in found.rankings.items()}
+    chosen = {name: table.head(shown) for name, table in found.rankings.items()}
     strip = STRIP_INCHES * (sum(map(len, chosen.values())) + 4) if found.features else 0
-    height = 4 * (TILE_INCHES + 0.42)
+    height = 4 * (TILE_INCHES + 0.5)
     figure = Figure(figsize=(columns * TILE_INCHES, height + strip), layout="constrained", facecolor="white")
     parts: Any = figure.subfigures(2, 1, height_ratios=(height, strip or 0.01))
     upper, lower = parts

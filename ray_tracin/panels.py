@@ -19,7 +19,9 @@ from ray_tracin.runs import Run
 from ray_tracin.store import Array
 
 REGION_OPACITY = 0.45
-FEATURE_OPACITY = 0.85
+FEATURE_OPACITY = 0.9
+DIMMED = 2.5
+"""Intensity that is white below a feature map: bright tissue would outshine it."""
 FEATURE_COLOURS = "inferno"
 LONGEST_NAME = 14
 
@@ -39,8 +41,9 @@ def draw_feature(
     top: float,
 ) -> AxesImage:
     """A feature map over a slice, transparent where it is 0 and opaque at ``top``; the region is outlined."""
-    axis.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-    strength = np.clip(feature_map / top, 0, 1) if top > 0 else np.zeros_like(feature_map)
+    axis.imshow(image, cmap="gray", vmin=-1, vmax=DIMMED, interpolation="nearest")
+    # By the root: a map that is strong somewhere else is not lost where it is weak.
+    strength = np.sqrt(np.clip(feature_map / top, 0, 1)) if top > 0 else np.zeros_like(feature_map)
     drawn = axis.imshow(
         feature_map, cmap=FEATURE_COLOURS, vmin=0, vmax=top or 1, alpha=FEATURE_OPACITY * strength, interpolation="none"
     )
