@@ -21,6 +21,7 @@ from ray_tracin.charts import findings
 from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explanation import RegionExplanation, explain_region
 from ray_tracin.figures import DrawFigures, draw_explanation
+from ray_tracin.labelmaps import export_label_maps
 from ray_tracin.phantom import Edition
 from ray_tracin.pipeline import STEPS, Executors, is_prepared, run_to, status, verify
 from ray_tracin.planning import Plan, plan_run
@@ -257,6 +258,22 @@ def explain(
         if picture is not None:
             draw_explanation(opened, found, picture)
             out.print(f"drawn in {picture}", markup=False)
+
+
+@app.command("nifti")
+def nifti_command(
+    run: RunOption,
+    folder: Annotated[Path, typer.Option("--out", help="Folder that the files go into.")],
+    patient: Annotated[str | None, typer.Option(help="Patient or case; all of the run without it.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Predictions and regions as NIfTI label maps over the original images, with colours for 3D Slicer and ITK-SNAP."""
+    with _failing_clearly(debug):
+        with _configuring(debug):
+            opened = open_run(run)
+        for path in export_label_maps(opened, folder, patient):
+            out.print(str(path), markup=False)
+        out.print("slices that the run did not cut are 0 in every map", markup=False)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""NIfTI files: one file → a 3D array with its affine, and that array turned to LPS.
+"""NIfTI files: one file → a 3D array with its affine, and that array turned to LPS; label maps back on a file's grid.
 
 The one idea: the bytes decide, never the name. What claims to be gzip and isn't, was cut off in a download, or holds no
 volume is a `VolumeError` of one line. This module knows neither modalities nor labels nor examinations.
@@ -12,7 +12,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32, Float64, Integer
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
@@ -52,17 +52,72 @@ def load_scan(path: Path) -> Scan:
         VolumeError: the file is missing, empty, truncated, no NIfTI file or not 3D; a voxel is not finite; or the
             affine doesn't orient three axes.
     """
+    image, voxels = _decoded(path)
+    stated = bool(image.header["sform_code"] or image.header["qform_code"])
+    return Scan(path, _three_axes(voxels, path), _oriented(image.affine, path), stated)
+
+
+def _decoded(path: Path) -> tuple[Any, Float32[np.ndarray, "..."]]:
+    """The image as nibabel reads it, and its voxels."""
     content = _content(path)
     try:
         image = (nib.Nifti2Image if _is_nifti2(content) else nib.Nifti1Image).from_bytes(content)
-        voxels = image.get_fdata(dtype=np.float32)
+        return image, image.get_fdata(dtype=np.float32)
     except (ImageFileError, HeaderDataError, WrapStructError, OSError, ValueError, TypeError) as error:
         raise VolumeError(
             f"{path}: expected a whole NIfTI file, found {len(content)} bytes that are none: download it again "
             f"({_one_line(error)})"
         ) from None
-    stated = bool(image.header["sform_code"] or image.header["qform_code"])
-    return Scan(path, _three_axes(voxels, path), _oriented(image.affine, path), stated)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The voxel grid of a file: shape as stored, affine voxel → world (RAS, mm), and the header that says so."""
+
+    path: Path
+    shape: tuple[int, int, int]
+    affine: Affine
+    header: Any
+
+    @property
+    def lps_shape(self) -> tuple[int, int, int]:
+        """The shape of the volume that `reorient` makes of the file."""
+        i, j, k = reorient(np.empty(self.shape, np.float32), self.affine)[0].shape
+        return i, j, k
+
+
+def load_grid(path: Path) -> Grid:
+    """The grid of a 3D NIfTI file.
+
+    Raises:
+        VolumeError: as `load_scan`.
+    """
+    image, voxels = _decoded(path)
+    a, b, c = _three_axes(voxels, path).shape
+    return Grid(path, (a, b, c), _oriented(image.affine, path), image.header)
+
+
+def encode_labels(labels: Integer[np.ndarray, "i j k"], grid: Grid) -> bytes:
+    """A gzipped NIfTI file of an LPS label map, with the axes, affine and orientation codes of the grid's own file.
+
+    The inverse of `reorient`: every voxel is where it was. Nothing else of the header is kept (descriptions and
+    extensions can name a patient). The same labels give the same bytes.
+    """
+    assert labels.shape == grid.lps_shape, f"labels of shape {labels.shape} on a grid of {grid.lps_shape}"
+    own = nib.orientations.io_orientation(grid.affine)
+    back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt(("L", "P", "S")), own)
+    stored = np.ascontiguousarray(nib.orientations.apply_orientation(labels, back))
+    header = grid.header.copy()
+    header.set_data_dtype(stored.dtype)
+    header.set_intent("none")
+    header["descrip"], header["aux_file"] = b"label map", b""
+    header["cal_min"] = header["cal_max"] = 0
+    if "db_name" in header:
+        header["db_name"] = b""
+    del header.extensions[:]
+    kind: Any = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    content: bytes = kind(stored, grid.affine, header).to_bytes()
+    return gzip.compress(content, mtime=0)
 
 
 def reorient(voxels: Stored, affine: Affine) -> tuple[Voxels, Affine]:

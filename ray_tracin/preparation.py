@@ -194,6 +194,17 @@ def label_scheme(run: Run) -> LabelScheme:
     return LabelScheme(name, {int(value): str(label) for value, label in classes})
 
 
+def case_slices(run: Run, case: str) -> tuple[Case, range, tuple[int, ...]]:
+    """The files of a case, its rows in ``slices.zarr``, and their positions on the slicing axis.
+
+    Raises:
+        IncompleteRunError: the slices are not indexed yet.
+    """
+    entry = _index(run)["cases"][case]
+    indices = tuple(int(index) for index in entry["indices"])
+    return Case.from_json(entry["case"]), range(entry["first_row"], entry["first_row"] + len(indices)), indices
+
+
 def _index(run: Run) -> Mapping[str, Any]:
     receipt = run.store.read_receipt(Index.name, "slices")
     if receipt is None:

@@ -208,6 +208,33 @@ def cut_slices(volume: Volume, indices: Sequence[int], scheme: LabelScheme, conf
     return CutSlices(images, np.ascontiguousarray(_crop(_planes(classes, indices), config, volume.case)))
 
 
+def paste_slices(
+    planes: Integer[np.ndarray, "slice h w"], indices: Sequence[int], shape: tuple[int, int, int], config: DataConfig
+) -> Integer[np.ndarray, "i j k"]:
+    """The LPS volume of a shape from which slices were cut, with labels back in their places; 0 everywhere else.
+
+    The inverse of `cut_slices`: what was cropped away is 0, what was padded is dropped.
+    """
+    volume = np.zeros(shape, planes.dtype)
+    columns, rows, _ = shape
+    (to_rows, from_rows), (to_columns, from_columns) = (_uncropped(extent, config) for extent in (rows, columns))
+    for plane, k in zip(planes, indices, strict=True):
+        volume[to_columns, to_rows, k] = plane[from_rows, from_columns].T
+    return volume
+
+
+def _uncropped(extent: int, config: DataConfig) -> tuple[slice, slice]:
+    """Where the crop of an axis lies in the volume, and that part in the crop."""
+    start = _crop_start(extent, config)
+    first, last = max(start, 0), min(start + config.size, extent)
+    return slice(first, last), slice(first - start, last - start)
+
+
+def _crop_start(extent: int, config: DataConfig) -> int:
+    """The first position of the crop on an axis; below 0 where it is padded."""
+    return int((extent - config.size) / 2) if config.crop_start is None else config.crop_start
+
+
 def split_patients(patients: Sequence[str], split: SplitConfig, seed: int) -> dict[str, Split]:
     """Patient → train, validation or test; depends on the set of patients and the seed, not on their order.
 
@@ -327,7 +354,7 @@ def _crop(
             "set data.crop_start null or another data.size"
         )
     for axis, extent in ((-2, rows), (-1, columns)):
-        planes = _crop_axis(planes, axis, int((extent - size) / 2) if first is None else first, size)
+        planes = _crop_axis(planes, axis, _crop_start(extent, config), size)
     return planes
 
 
