@@ -56,8 +56,9 @@ def make_run(folder: Path, options: argparse.Namespace) -> Run:
     _write_network(run)
     exists = random.random((len(run.slices), len(CLASSES))) > ABSENT
     _write_regions(run, exists, random)
-    _write_influence(run, exists, random)
-    _write_features(run, exists, options.features, random)
+    vectors = _random_vectors(exists, random)
+    _write_influence(run, vectors)
+    _write_features(run, vectors, options.features, random)
     return run
 
 
@@ -129,13 +130,17 @@ def _write_regions(run: Run, exists: np.ndarray, random: np.random.Generator) ->
     run.store.write_table(paths.REGIONS, table)
 
 
-def _write_influence(run: Run, exists: np.ndarray, random: np.random.Generator) -> None:
-    """Inner products of random vectors, a direction a class, of lengths with heavy tails; symmetric, as eq. 6 is."""
-    stage = AssembleStripes(run)
-    stage.write_layout()
+def _random_vectors(exists: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A vector a region (class, slice, latent), a direction a class, of lengths with heavy tails; NaN where absent."""
     vectors = random.standard_normal((len(exists), 3, LATENT)) + 2 * np.eye(3, LATENT)
     vectors *= np.exp(random.standard_normal((len(exists), 3, 1)))
-    vectors = np.where(exists[..., None], vectors, np.nan).transpose(1, 0, 2).astype(np.float32)
+    return np.where(exists[..., None], vectors, np.nan).transpose(1, 0, 2).astype(np.float32)
+
+
+def _write_influence(run: Run, vectors: np.ndarray) -> None:
+    """Inner products of the vectors: symmetric, as eq. 6 is."""
+    stage = AssembleStripes(run)
+    stage.write_layout()
     train = vectors[:, list(run.train_slices)].reshape(-1, LATENT)
     epochs = len(run.config.influence_epochs())
     for key in stage.keys():  # noqa: SIM118
@@ -147,12 +152,16 @@ def _write_influence(run: Run, exists: np.ndarray, random: np.random.Generator) 
         run.store.write(f"{paths.INFLUENCE}/norm2_{key.query_set}", (slice(0, epochs), *where), norm2)
 
 
-def _write_features(run: Run, exists: np.ndarray, features: int, random: np.random.Generator) -> None:
+def _write_features(run: Run, vectors: np.ndarray, features: int, random: np.random.Generator) -> None:
+    """Half of the features are noise, the others see a direction of the vectors, whichever way it points."""
     stage = MapFeatures(run)
     stage.write_layout()
+    directions = random.standard_normal((LATENT, features))
     for key in stage.keys():  # noqa: SIM118
-        there = exists[key.start : key.stop, :, None]
-        maxima = np.where(there, random.gamma(2, size=(key.stop - key.start, 3, features)), np.nan)
+        part = vectors[:, key.start : key.stop].transpose(1, 0, 2)
+        seen = np.abs(part / np.linalg.norm(part, axis=-1, keepdims=True) @ directions) + 1
+        noise = np.where(np.isnan(seen), np.nan, random.gamma(2, size=seen.shape))
+        maxima = np.where(np.arange(features) % 2 == 0, seen, noise)
         where = tuple(slice(*pair) for pair in ((key.start, key.stop), (0, 3), (0, features)))
         run.store.write(MAXIMA, where, maxima.astype(np.float32))
     impact = pd.DataFrame({"feature": np.repeat(np.arange(features), 3), "class": np.tile((1, 2, 3), features)})

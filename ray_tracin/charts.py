@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import gaussian_kde, permutation_test
 
 from ray_tracin.featuring import POOLED
@@ -90,6 +91,7 @@ def draw_feature_impact(run: Run) -> Figure:
         _draw_distributions(axis, groups)
         axis.set_title(f"{run.classes[class_id - 1]}\n{compared(*groups)}", fontsize=8)
         axis.set_xlabel("impact: drop of Dice when masked", fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.tick_params(labelsize=7)
     figure.axes[0].set_ylabel("features, density", fontsize=8)
     handles, names = figure.axes[0].get_legend_handles_labels()

@@ -111,6 +111,8 @@ def _draw_curves(figure: SubFigure, run: Run, lines: Sequence[Line]) -> None:
         axis.set_title(f"feature {line['feature']}, {_class_name(run, line)}\n{trend}{mark}", fontsize=8)
         axis.set_xlabel("rank (proponents first)", fontsize=8)
     axes[0].set_ylabel("importance", fontsize=8)
+    if lines:
+        axes[0].legend(title="least squares", title_fontsize=6, fontsize=6, frameon=False)
     for axis in axes[len(lines) :]:
         axis.set_axis_off()
 
@@ -121,10 +123,10 @@ def _class_name(run: Run, line: Line) -> str:
 
 def _draw_curve(axis: Axes, rank: Float[np.ndarray, " rank"], importance: Float[np.ndarray, " rank"]) -> None:
     axis.plot(rank, importance, ".", color=OTHERS, markersize=2)
-    for degree, style in ((1, "--"), (2, "-")):
+    for degree, style, name in ((1, "--", "line"), (2, "-", "parabola")):
         if len(rank) > degree:
             fitted = np.polynomial.Polynomial.fit(rank, importance, degree)
-            axis.plot(rank, fitted(rank), style, color=PREDICTIVE, linewidth=1.2)
+            axis.plot(rank, fitted(rank), style, color=PREDICTIVE, linewidth=1.2, label=name)
     axis.tick_params(labelsize=7)
 
 

@@ -61,11 +61,10 @@ def draw_explanation(run: Run, found: RegionExplanation, path: Path, *, shown: i
     for row, (title, table) in zip(axes[1:], chosen.items(), strict=True):
         for axis, line in zip(row, table.to_dict("records"), strict=False):
             draw_region(axis, run, line["slice"], line["class_id"], channel)
-            heading = f"{title} {line['rank']}: {line['influence']:.2g} (cos {line['cosine']:.2f})"
-            where = (
-                f"{line['class_name']}, {shortened(line['patient'])}, {line['index']}, overlap {line['overlap']:.2f}"
-            )
-            axis.set_title(f"{heading}\n{where}", fontsize=6)
+            cosine = "undefined" if np.isnan(line["cosine"]) else f"{line['cosine']:.2f}"
+            heading = f"{title} {line['rank']}: {line['influence']:.2g}, cosine {cosine}"
+            where = f"{line['class_name']}, {shortened(line['patient'])}, {line['index']}"
+            axis.set_title(f"{heading}\n{where}\noverlap {line['overlap']:.2f}", fontsize=6)
     if strip:
         _draw_links(lower, found, chosen)
     figure.suptitle(

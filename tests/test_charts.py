@@ -31,17 +31,6 @@ def test_bars_are_the_shares_of_the_table(tiny_run: Run) -> None:
         np.testing.assert_allclose(heights, mine.share.to_numpy())
 
 
-def test_curves_are_the_importance_of_the_table(tiny_run: Run) -> None:
-    table = tiny_run.table("feature_importance")
-    drawn = [axis for axis in draw_feature_curves(tiny_run).axes if axis.lines]
-    assert drawn
-    for axis in drawn:
-        feature, name = axis.get_title().split("\n")[0].removeprefix("feature ").split(", ")
-        class_id = tiny_run.classes.index(name) + 1
-        mine = table[(table.feature == int(feature)) & (table.query_class == class_id) & (table.train_class == 0)]
-        np.testing.assert_allclose(axis.lines[0].get_ydata(), mine.importance)
-
-
 def test_findings_answer_both_questions_for_every_class(tiny_run: Run) -> None:
     lines = findings(tiny_run)
     assert len(lines) == 2 * len(tiny_run.classes)

@@ -198,7 +198,7 @@ def test_explain_ranks_what_the_tensor_says(tiny_run: Run) -> None:
     name = tiny_run.classes[int(there["class"]) - 1]
     done = invoke(
         *("explain", "--run", tiny_run.uri, "--patient", row.patient, "--index", str(row["index"])),
-        *("--class", name, "--top", "3"),
+        *("--class", name, "--top", "3", "--keep-global"),
     )
     assert done.exit_code == 0, done.stderr
     table = pd.read_parquet(Path(tiny_run.uri) / "tables/influence")

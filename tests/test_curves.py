@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+import torch
+
+from ray_tracin.curves import draw_feature_curves, examples, feature_maps
+from ray_tracin.runs import Run
+
+
+def test_curves_are_the_importance_of_the_table(tiny_run: Run) -> None:
+    table = tiny_run.table("feature_importance")
+    drawn = [axis for axis in draw_feature_curves(tiny_run).axes if axis.lines]
+    assert drawn
+    for axis in drawn:
+        feature, name = axis.get_title().split("\n")[0].removeprefix("feature ").split(", ")
+        class_id = tiny_run.classes.index(name) + 1
+        mine = table[(table.feature == int(feature)) & (table.query_class == class_id) & (table.train_class == 0)]
+        np.testing.assert_allclose(axis.lines[0].get_ydata(), mine.importance)
+
+
+def test_examples_are_the_ends_and_the_middle_of_the_ranking_of_the_largest_query(tiny_run: Run) -> None:
+    regions = tiny_run.table("regions")
+    explainers = tiny_run.table("global_explainers")
+    pairs = tiny_run.store.read("influence.zarr/test")
+    n, seen = len(tiny_run.train_slices), 0
+    for class_id in (1, 2, 3):
+        mine = regions[(regions["class"] == class_id) & regions.slice.isin(tiny_run.query_slices("test"))]
+        found = examples(tiny_run, class_id)
+        assert bool(found) == (mine.pixels > 0).any()
+        if not found:
+            continue
+        seen += 1
+        query, proponent, neutral, opponent = found
+        assert query.slice in mine.slice[mine.pixels == mine.pixels.max()].tolist()
+        row = pairs[class_id - 1, tiny_run.query_slices("test").index(query.slice)].copy()
+        left_out = explainers[explainers.is_global & (explainers.query_class == class_id)]
+        for train_slice, train_class in zip(left_out.train_slice, left_out.train_class, strict=True):
+            row[(train_class - 1) * n + tiny_run.train_slices.index(train_slice)] = np.nan
+        assert [proponent.influence, opponent.influence] == [np.nanmax(row), np.nanmin(row)]
+        assert abs(neutral.influence) == np.nanmin(np.abs(row))
+        for example in (proponent, neutral, opponent):
+            assert row[(example.class_id - 1) * n + tiny_run.train_slices.index(example.slice)] == example.influence
+    assert seen >= 2
+
+
+def test_maps_are_what_the_head_reads_and_their_region_maxima_stand_above(tiny_run: Run) -> None:
+    model, held = tiny_run.model("final"), []
+    model.head.register_forward_hook(lambda _, inputs, output: held.append(inputs[0]))
+    with torch.no_grad():
+        model(torch.from_numpy(tiny_run.images([3])))
+    np.testing.assert_allclose(next(feature_maps(tiny_run, [3], 2)), held[0][0, 2].numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_below_each_curve_is_its_feature_on_query_proponent_neutral_and_opponent(tiny_run: Run) -> None:
+    figure = draw_feature_curves(tiny_run)
+    curves, maps = ([axis for axis in part.axes if axis.get_title()] for part in figure.subfigs)
+    assert len(maps) == 4 * len(curves)
+    maxima = tiny_run.store.read("features.zarr/maxima")
+    for place, curve in enumerate(curves):
+        feature, name = curve.get_title().split("\n")[0].removeprefix("feature ").split(", ")
+        class_id, k = tiny_run.classes.index(name) + 1, int(feature)
+        found = examples(tiny_run, class_id)
+        query = maxima[found[0].slice, class_id - 1, k]
+        for row, example in enumerate(found):
+            axis = maps[row * len(curves) + place]
+            image, overlay = (drawn.get_array() for drawn in axis.images)
+            np.testing.assert_array_equal(image, tiny_run.images([example.slice])[0, -1])
+            np.testing.assert_array_equal(overlay, next(feature_maps(tiny_run, [example.slice], k)))
+            own = maxima[example.slice, example.class_id - 1, k]
+            assert f"f = {own:.2f}" in axis.get_title()
+            if row and max(query, own) > 0:
+                same = query * own / max(abs(query), abs(own)) ** 2
+                assert float(axis.get_title().split("S = ")[1]) == pytest.approx(same, abs=0.0051)

@@ -1,0 +1,157 @@
+"""What is said of one region against numpy on the run's own arrays."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ray_tracin import figures
+from ray_tracin.config import ExplainersConfig
+from ray_tracin.explanation import RegionExplanation, explain_region
+from ray_tracin.runs import Run, open_run
+from ray_tracin.store import RunStore
+
+FEATURES = (2, 0)
+
+
+@pytest.fixture
+def planted(tiny_run: Run, tmp_path: Path) -> Run:
+    """A run in which two features are predictive for every class, and a few train regions are global explainers."""
+    root = tmp_path / "run"
+    shutil.copytree(tiny_run.uri, root, ignore=shutil.ignore_patterns("gradients.zarr", "tiles.zarr"))
+    trends = pd.read_parquet(root / "tables/feature_trends.parquet")
+    trends["predictive"] = trends.feature.isin(FEATURES) & (trends.train_class == 0)
+    trends["importance_first"] = trends.feature / 10
+    trends.to_parquet(root / "tables/feature_trends.parquet")
+    explainers = pd.read_parquet(root / "tables/global_explainers.parquet")
+    explainers["is_global"] = explainers.train_slice % 3 == 0
+    explainers.to_parquet(root / "tables/global_explainers.parquet")
+    return open_run(root)
+
+
+def first_region(run: Run, query_set: str) -> tuple[str, int, str, int, int]:
+    """Patient, index, class name, row and class of the first region of a query set."""
+    regions = run.table("regions")
+    there = regions[(regions.pixels > 0) & regions.slice.isin(run.query_slices(query_set))].iloc[0]
+    about = run.slices.set_index("slice").loc[there.slice]
+    class_id = int(there["class"])
+    return about.patient, int(about["index"]), run.classes[class_id - 1], int(there.slice), class_id
+
+
+def scores(run: Run, query_set: str, row: int, class_id: int) -> pd.DataFrame:
+    """Influence and cosine on a query of every other train region that exists."""
+    n, rates = len(run.train_slices), np.asarray(run.store.attributes("influence.zarr")["learning_rates"])
+    position = run.query_slices(query_set).index(row)
+    influence = run.store.read(f"influence.zarr/{query_set}")[class_id - 1, position].astype(float)
+    mine, train = (
+        np.sqrt(np.tensordot(rates, run.store.read(f"influence.zarr/norm2_{name}").astype(float), 1))
+        for name in (query_set, "train")
+    )
+    with np.errstate(all="ignore"):
+        cosine = influence / mine[class_id - 1, position] / train.ravel()
+    table = pd.DataFrame({"influence": influence, "cosine": np.where(np.isfinite(cosine), cosine, np.nan)})
+    table["slice"], table["class_id"] = np.tile(run.train_slices, 3), np.repeat((1, 2, 3), n)
+    own = (table.slice == row) & (table.class_id == class_id)
+    explainers = run.table("global_explainers")
+    chosen = explainers[explainers.is_global & (explainers.query_class == class_id)]
+    pairs = set(zip(chosen.train_slice, chosen.train_class, strict=True))
+    table["is_global"] = [pair in pairs for pair in zip(table.slice, table.class_id, strict=True)]
+    return table[~own & ~np.isnan(influence)]
+
+
+def check(found: pd.DataFrame, expected: pd.DataFrame) -> None:
+    assert len(found) > 0
+    columns = ["slice", "class_id", "rank", "is_global", "influence", "cosine"]
+    left, right = (table[columns].reset_index(drop=True) for table in (found, expected))
+    pd.testing.assert_frame_equal(left, right, check_dtype=False, rtol=1e-5, atol=1e-7)
+
+
+def assert_ranked(found: RegionExplanation, table: pd.DataFrame, by: str, k: int, keep_global: bool) -> None:
+    there = table.dropna(subset=by)
+    orders = {
+        "proponent": there.sort_values(by, ascending=False, kind="stable"),
+        "neutral": there.sort_values(by, key=abs, kind="stable"),
+        "opponent": there.sort_values(by, kind="stable"),
+    }
+    for name, ordered in orders.items():
+        ranked = ordered.assign(rank=np.arange(1, len(ordered) + 1))
+        check(found.rankings[name], ranked[keep_global | ~ranked.is_global].head(k))
+
+
+@pytest.mark.parametrize("query_set", ["train", "test"])
+@pytest.mark.parametrize("score", ["raw", "cosine"])
+@pytest.mark.parametrize("keep_global", [False, True])
+def test_rankings_are_those_of_the_tensor(planted: Run, query_set: str, score: str, keep_global: bool) -> None:
+    config = planted.config.model_copy(update={"explainers": ExplainersConfig(score=score)})
+    run = Run(RunStore(planted.uri), config)
+    *where, row, class_id = first_region(run, query_set)
+    found = explain_region(run, *where, k=7, keep_global=keep_global)
+    table = scores(run, query_set, row, class_id)
+    assert (found.query_set, found.slice, found.class_id, found.ranked_by) == (query_set, row, class_id, score)
+    assert found.global_explainers == table.is_global.sum() + (query_set == "train" and row % 3 == 0) > 0
+    assert_ranked(found, table, {"raw": "influence", "cosine": "cosine"}[score], 7, keep_global)
+
+
+def test_features_that_link_are_the_predictive_ones_by_equation_7(planted: Run) -> None:
+    *where, row, class_id = first_region(planted, "test")
+    found = explain_region(planted, *where, k=5)
+    assert found.features == FEATURES
+    maxima = planted.store.read("features.zarr/maxima")
+    for table in found.rankings.values():
+        for line in table.to_dict("records"):
+            expected = {}
+            for k in FEATURES:
+                a, b = maxima[row, class_id - 1, k], maxima[line["slice"], line["class_id"] - 1, k]
+                if a or b:
+                    expected[k] = a * b / max(abs(a), abs(b)) ** 2
+            links = found.links(line, 2)
+            assert dict(links) == pytest.approx(expected, rel=1e-5)
+            assert [value for _, value in links] == sorted(expected.values(), reverse=True)
+            assert found.links(line, 1) == links[:1]
+
+
+def test_what_is_not_computed_yet_is_said_and_the_rest_is_told(planted: Run) -> None:
+    for name in ("global_explainers", "feature_trends"):
+        (Path(planted.uri) / f"tables/{name}.parquet").unlink()
+    *where, row, class_id = first_region(planted, "test")
+    found = explain_region(planted, *where)
+    assert [warning.split(":")[0] for warning in found.warnings][:2] == [
+        "global explainers are not known yet",
+        "predictive features are not known yet",
+    ]
+    assert (found.features, found.global_explainers) == ((), 0)
+    assert found.proponents.influence.iloc[0] == scores_without_tables(planted, row, class_id).max()
+
+
+def scores_without_tables(run: Run, row: int, class_id: int) -> np.ndarray:
+    influence = run.store.read("influence.zarr/test")[class_id - 1, run.query_slices("test").index(row)]
+    return influence[~np.isnan(influence)]
+
+
+@pytest.mark.parametrize("with_features", [True, False])
+def test_the_picture_has_neutral_regions_and_the_links(
+    planted: Run, with_features: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_features:
+        (Path(planted.uri) / "tables/feature_trends.parquet").unlink()
+    found = explain_region(planted, *first_region(planted, "test")[:3])
+    drawn, png = [], figures._png
+    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or png(figure))
+    figures.draw_explanation(planted, found, tmp_path / "x.png", shown=3)
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    panels, links = drawn[0].subfigs
+    titles = [axis.get_title().split(":")[0] for axis in panels.axes if axis.images]
+    ranks = [f"{name} {rank}" for name, table in found.rankings.items() for rank in table["rank"].head(3)]
+    assert titles == [*planted.modalities, *ranks]
+    if not with_features:
+        assert not links.axes
+        return
+    strip = links.axes[0]
+    expected = np.concatenate(
+        [table[["feature_2", "feature_0"]].head(3).to_numpy() for table in found.rankings.values()]
+    )
+    np.testing.assert_array_equal(np.ma.filled(strip.images[0].get_array(), np.nan), expected)
+    assert [label.get_text() for label in strip.get_xticklabels()] == ["2", "0"]
+    assert [label.get_text() for label in strip.get_yticklabels()] == ranks
