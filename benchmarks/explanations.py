@@ -27,7 +27,7 @@ import torch
 from ray_tracin import store as paths
 from ray_tracin.assembly import AssembleStripes
 from ray_tracin.datasets import execute_on_ray_data
-from ray_tracin.explaining import CountLists, RankQueries, TabulateGlobalExplainers, TabulateRankings
+from ray_tracin.explaining import CountLists, RankPatients, RankQueries, TabulateGlobalExplainers, TabulateRankings
 from ray_tracin.featuring import MAXIMA, MapFeatures, RankFeatures, TabulateFeatures
 from ray_tracin.figures import FIGURES, DrawFigures
 from ray_tracin.mapping import REGION_SLICES, MapRegions
@@ -43,7 +43,7 @@ SLICES_A_PATIENT = 10
 ABSENT = 0.2
 LATENT = 8
 SECONDS_BETWEEN_SAMPLES = 0.25
-EXPLAINERS = (CountLists, TabulateGlobalExplainers, RankQueries, TabulateRankings)
+EXPLAINERS = (CountLists, TabulateGlobalExplainers, RankQueries, RankPatients, TabulateRankings)
 FEATURES = (RankFeatures, TabulateFeatures)
 
 

@@ -44,7 +44,8 @@ def draw_proponent_classes(run: Run) -> Figure:
         axis.set_title(f"{query_set} queries", fontsize=9)
         axis.set_xlabel("class of the query")
         axis.set_ylim(0, 1)
-    figure.axes[0].set_ylabel(f"share of the top {run.config.explainers.class_list} proponents")
+    settings = run.config.explainers
+    figure.axes[0].set_ylabel(f"share of the top {settings.class_list} proponents\n(by {settings.score} influence)")
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", title="their class", fontsize=8, frameon=False)
     return figure
@@ -120,6 +121,16 @@ def compared(predictive: Float[np.ndarray, "..."], others: Float[np.ndarray, "..
     if not predictive.size or not others.size:
         return f"{predictive.size} predictive, {others.size} others: nothing to compare"
     difference = float(predictive.mean() - others.mean())
+    return f"{predictive.size} predictive: {difference:+.4f}, p = {_permutation_p(predictive, others):.3f}"
+
+
+def _permutation_p(predictive: Float[np.ndarray, "..."], others: Float[np.ndarray, "..."]) -> float:
+    together = np.concatenate([predictive, others])
+    # SciPy wants two values a group. With one there are as many permutations as values: all are counted.
+    if predictive.size == 1:
+        return float((together >= predictive).mean())
+    if others.size == 1:
+        return float((together <= others).mean())
     test = permutation_test(
         (predictive, others),
         lambda one, other, axis: one.mean(axis=axis) - other.mean(axis=axis),
@@ -128,4 +139,4 @@ def compared(predictive: Float[np.ndarray, "..."], others: Float[np.ndarray, "..
         vectorized=True,
         rng=np.random.default_rng(0),
     )
-    return f"{predictive.size} predictive: {difference:+.4f}, p = {test.pvalue:.3f}"
+    return float(test.pvalue)

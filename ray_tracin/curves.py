@@ -109,7 +109,7 @@ def _draw_curves(figure: SubFigure, run: Run, lines: Sequence[Line]) -> None:
         mark = ", predictive" if line["predictive"] else ""
         trend = str(line["trend"]).replace("_", "-")
         axis.set_title(f"feature {line['feature']}, {_class_name(run, line)}\n{trend}{mark}", fontsize=8)
-        axis.set_xlabel("rank (proponents first)", fontsize=8)
+        axis.set_xlabel("rank by raw influence, proponents first", fontsize=7)
     axes[0].set_ylabel("importance", fontsize=8)
     if lines:
         axes[0].legend(title="least squares", title_fontsize=6, fontsize=6, frameon=False)

@@ -2,7 +2,7 @@
 
 A stripe of the tensor is read at a time. First the lists of the test queries are counted (`CountLists`), which tells
 the global explainers (`TabulateGlobalExplainers`); then every query region is ranked with these left out
-(`RankQueries`), and the parts become the tables (`TabulateRankings`). The parts stay in ``explainers/``.
+(`RankQueries`, `RankPatients`), and the parts become the tables (`TabulateRankings`). They stay in ``explainers/``.
 
 A train region is never in its own list: its influence on itself is in ``self_influence.parquet``. Other regions of the
 same slice, and of the same patient, are. ``explainers.score`` decides which number ranks; ``ranked_by`` of every table
@@ -156,7 +156,7 @@ def global_columns(run: Run) -> npt.NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class RankQueries(Stage[Stripe]):
-    """Rank the train regions, and patients, for every query region of a stripe: parts in ``explainers/``."""
+    """Rank the train regions for every query region of a stripe: parts in ``explainers/``."""
 
     name: ClassVar[str] = "rankings"
 
@@ -169,22 +169,49 @@ class RankQueries(Stage[Stripe]):
         ranker = _Ranker(self.run)
 
         def rank(key: Stripe) -> Result:
-            frames: dict[str, list[pd.DataFrame]] = {name: [] for name in PARTS}
+            frames: dict[str, list[pd.DataFrame]] = {side: [] for side in SIDES}
             class_counts = []
             for scores in ranker.reader.read(key):
                 for side in SIDES:
-                    frames[f"patient_{side}"].append(ranker.patients(key, scores, side))
                     lists = ranker.lists(scores, side)
                     frames[side].append(ranker.regions(key, scores, lists))
                     if side == "proponents":
                         class_counts.append(ranker.classes(scores, lists))
-            for name, parts in frames.items():
-                order = ["query_slice", "query_class", "rank"]
-                part = pd.concat(parts).sort_values(order, ignore_index=True)
-                self.run.store.write_table(_part(name, key), part)
+            _write_parts(self.run, key, frames)
             return {"class_counts": class_counts}
 
         return rank
+
+
+@dataclass(frozen=True)
+class RankPatients(Stage[Stripe]):
+    """Rank the train patients for every query region of a stripe: parts in ``explainers/``."""
+
+    name: ClassVar[str] = "patient-rankings"
+
+    def keys(self) -> Sequence[Stripe]:
+        """A range of queries each, as `AssembleStripes`."""
+        return AssembleStripes(self.run).keys()
+
+    def open(self) -> Callable[[Stripe], Result]:
+        """Write the parts of a stripe."""
+        ranker = _Ranker(self.run)
+
+        def rank(key: Stripe) -> Result:
+            frames: dict[str, list[pd.DataFrame]] = {f"patient_{side}": [] for side in SIDES}
+            for scores in ranker.reader.read(key):
+                for side in SIDES:
+                    frames[f"patient_{side}"].append(ranker.patients(key, scores, side))
+            _write_parts(self.run, key, frames)
+            return {}
+
+        return rank
+
+
+def _write_parts(run: Run, key: Stripe, frames: Mapping[str, Sequence[pd.DataFrame]]) -> None:
+    for name, parts in frames.items():
+        part = pd.concat(parts).sort_values(["query_slice", "query_class", "rank"], ignore_index=True)
+        run.store.write_table(_part(name, key), part)
 
 
 class _Ranker:
@@ -264,7 +291,7 @@ class _Ranker:
 
 
 PARTS = (*SIDES, *(f"patient_{side}" for side in SIDES))
-"""The tables that `RankQueries` writes parts of."""
+"""The tables that `RankQueries` and `RankPatients` write parts of."""
 CLASSES_TABLE = "proponent_classes"
 
 

@@ -12,7 +12,7 @@ from ray_tracin import store as paths
 from ray_tracin.ablation import Ablate, TabulateImpact
 from ray_tracin.assembly import AssembleStripes, ExportInfluence, TabulateSelfInfluence
 from ray_tracin.attribution import ComputeTiles, Differentiate
-from ray_tracin.explaining import CountLists, RankQueries, TabulateGlobalExplainers, TabulateRankings
+from ray_tracin.explaining import CountLists, RankPatients, RankQueries, TabulateGlobalExplainers, TabulateRankings
 from ray_tracin.featuring import MapFeatures, RankFeatures, TabulateFeatures
 from ray_tracin.figures import DrawFigures
 from ray_tracin.learning import TabulateCheckpoints, Train, drop_states
@@ -125,7 +125,8 @@ def _export(run: Run, executors: Executors, listen: Listener) -> None:
 
 
 def _explainers(run: Run, executors: Executors, listen: Listener) -> None:
-    for stage in (CountLists(run), TabulateGlobalExplainers(run), RankQueries(run), TabulateRankings(run)):
+    ranking = (CountLists(run), TabulateGlobalExplainers(run), RankQueries(run), RankPatients(run))
+    for stage in (*ranking, TabulateRankings(run)):
         complete(stage, executors.tables, listen)
 
 
@@ -177,6 +178,7 @@ def all_stages(run: Run) -> list[Stage[Any]]:
         CountLists(run),
         TabulateGlobalExplainers(run),
         RankQueries(run),
+        RankPatients(run),
         TabulateRankings(run),
         MapFeatures(run),
         RankFeatures(run),

@@ -11,6 +11,12 @@ def test_the_permutation_test_counts_permutations() -> None:
     assert compared(np.zeros(3), np.ones(3)) == "3 predictive: -1.0000, p = 1.000"
 
 
+def test_one_feature_in_a_group_is_compared_too() -> None:
+    # Of 5 values, 2 are at least as large as the one that is predictive; 1 is as small as the one that isn't.
+    assert compared(np.array([3.0]), np.array([1.0, 2.0, 0.0, 4.0])) == "1 predictive: +1.2500, p = 0.400"
+    assert compared(np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.0])) == "4 predictive: +2.5000, p = 0.200"
+
+
 @pytest.mark.parametrize(("predictive", "others"), [(0, 4), (4, 0)])
 def test_one_group_is_nothing_to_compare(predictive: int, others: int) -> None:
     text = compared(np.ones(predictive), np.ones(others))

@@ -11,7 +11,14 @@ import zarr
 
 from ray_tracin.config import ExplainersConfig, build_config
 from ray_tracin.datasets import execute_on_ray_data
-from ray_tracin.explaining import CountLists, RankQueries, TabulateGlobalExplainers, TabulateRankings, global_columns
+from ray_tracin.explaining import (
+    CountLists,
+    RankPatients,
+    RankQueries,
+    TabulateGlobalExplainers,
+    TabulateRankings,
+    global_columns,
+)
 from ray_tracin.runs import Run, open_run
 from ray_tracin.stages import Executor, complete, execute_serially
 from ray_tracin.store import RunStore
@@ -21,7 +28,7 @@ TABLES = (
     *("global_explainers", "proponents", "opponents", "patient_proponents", "patient_opponents"),
     "proponent_classes",
 )
-STAGES = ("list-counts", "global-explainers", "rankings", "ranking-tables")
+STAGES = ("list-counts", "global-explainers", "rankings", "patient-rankings", "ranking-tables")
 SMALL = ExplainersConfig(top_k=4, list_length=5, class_list=3, max_share=0.5)
 QUERY = ["query_set", "query_slice", "query_class"]
 REGION = ["train_class", "train_slice"]
@@ -45,7 +52,8 @@ def with_settings(run: Run, explainers: ExplainersConfig, query_sets: Sequence[s
 
 
 def explain(run: Run, execute: Executor = execute_serially) -> None:
-    for stage in (CountLists(run), TabulateGlobalExplainers(run), RankQueries(run), TabulateRankings(run)):
+    ranking = (CountLists(run), TabulateGlobalExplainers(run), RankQueries(run), RankPatients(run))
+    for stage in (*ranking, TabulateRankings(run)):
         complete(stage, execute, lambda event: None)
 
 
