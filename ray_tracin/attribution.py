@@ -12,6 +12,7 @@ train–train kernel only the blocks on and above the diagonal exist. `assembly`
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,7 +27,7 @@ from ray_tracin.layers import Layout, Segment
 from ray_tracin.mapping import mask_path
 from ray_tracin.regions import whole_slices
 from ray_tracin.runs import FINAL, Run, pick_device
-from ray_tracin.stages import Result, Stage
+from ray_tracin.stages import Result, Stage, halving
 from ray_tracin.store import Array
 from ray_tracin.unet import HEAD
 from ray_tracin.vocabulary import GradientShard, QuerySet, Tile, checkpoint_name, ranges
@@ -37,6 +38,9 @@ READ_VALUES = 1 << 17
 """Values of a slice that a tile worker reads at a time, if a layer doesn't have more."""
 EXPANDED_VALUES = 1 << 22
 """Gradient values that a tile worker expands at a time, per side; more is no faster."""
+
+LEAST_EXPANDED_VALUES = 1 << 16
+"""The fewest that it expands at a time, where memory is short."""
 
 
 def gradients_path(epoch: int, query_set: QuerySet) -> str:
@@ -127,15 +131,17 @@ class _GradientWork:
         self._run = run
         self._device = pick_device(run)
         self._epoch = -1
+        self._step = run.config.resources.batch_slices
 
     def __call__(self, key: GradientShard) -> Result:
         rows = self._run.query_slices(key.query_set)[key.start : key.stop]
         images, labels, masks = self._inputs(rows, key.epoch)
         self._open_checkpoint(key.epoch, images, labels, masks)
-        step = self._run.config.resources.batch_slices
-        parts = [
-            self._batch(key, rows, images, labels, masks, start, start + step) for start in range(0, len(rows), step)
-        ]
+        parts, start = [], 0
+        while start < len(rows):
+            part, self._step = halving(partial(self._batch, key, rows, images, labels, masks, start), self._step)
+            parts.append(part)
+            start += len(part)
         values = stored(torch.cat(parts), self._run.config.gradients.dtype)
         whole = (slice(key.start, key.stop), slice(0, values.shape[1]))
         self._run.store.write(gradients_path(key.epoch, key.query_set), whole, values)
@@ -167,9 +173,9 @@ class _GradientWork:
         labels: Tensor,
         masks: Tensor,
         start: int,
-        stop: int,
+        count: int,
     ) -> Tensor:
-        batch = (part[start:stop].to(self._device) for part in (images, labels, masks))
+        batch = (part[start : start + count].to(self._device) for part in (images, labels, masks))
         try:
             return self._engine.differentiate(*batch).values.cpu()
         except NonFiniteGradientError as error:
@@ -263,7 +269,9 @@ def _compute_tile(run: Run, key: Tile, device: torch.device) -> dict[str, Any]:
     same = key.query_set == "train" and key.query_block == key.train_block
     query = _SegmentReader(run, key.epoch, key.query_set, query_rows, layout.values, device)
     train = None if same else _SegmentReader(run, key.epoch, "train", train_rows, layout.values, device)
-    kernel, norm2 = tile_kernel(layout, query, train, chunk_values=EXPANDED_VALUES)
+    (kernel, norm2), _ = halving(
+        lambda values: tile_kernel(layout, query, train, chunk_values=values), EXPANDED_VALUES, LEAST_EXPANDED_VALUES
+    )
     side = run.config.influence.tile_slices
     path, block = tiles_path(key.epoch, key.query_set), slice(key.query_block, key.query_block + 1)
     other = slice(key.train_block, key.train_block + 1)

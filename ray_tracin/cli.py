@@ -14,7 +14,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ray_tracin.charts import findings
@@ -23,15 +22,14 @@ from ray_tracin.explanation import RegionExplanation, explain_region
 from ray_tracin.figures import DrawFigures, draw_explanation
 from ray_tracin.labelmaps import export_label_maps
 from ray_tracin.phantom import Edition
-from ray_tracin.pipeline import STEPS, Executors, is_prepared, run_to, status, verify
+from ray_tracin.pipeline import STEPS, Executors, StageStatus, is_prepared, run_to, status, verify
 from ray_tracin.planning import Plan, plan_run
+from ray_tracin.progress import progress
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor, cluster, write_phantoms
-from ray_tracin.stages import Event, Listener, Stage
+from ray_tracin.stages import Listener, Report, Stage
 
 DEMO_PATIENTS = 28
-PLAIN_LINE_SECONDS = 5.0
-LOG_WIDTH = 160
 SHOWN_FEATURES = 3
 """Predictive features that a line of an explanation names."""
 TITLES = {"proponent": "Proponents", "neutral": "Neutral regions", "opponent": "Opponents"}
@@ -104,14 +102,14 @@ def demo(
 ) -> None:
     """Synthetic patients, then everything on them: minutes on two CPU cores."""
     folder = Path("ray-tracin-demo-patients") if "://" in run else Path(run) / "patients"
-    with _failing_clearly(debug), cluster(address):
+    with _failing_clearly(debug), cluster(address) as kind:
         started = time.monotonic()
         with _configuring(debug):
             opened = start_run(run, preset="demo", overrides=[f"data.root={folder.absolute()}", *(overrides or [])])
-        with _progress() as listen:
+        with progress(out) as listen:
             if not is_prepared(opened):
                 write_phantoms(folder, DEMO_PATIENTS, listen)
-            _complete(opened, STEPS[-1], listen)
+            _complete(opened, STEPS[-1], listen, kind)
         _print_result(opened, time.monotonic() - started)
 
 
@@ -125,7 +123,7 @@ def phantom(
     debug: DebugOption = False,
 ) -> None:
     """Synthetic patients in a BraTS layout, and nothing else."""
-    with _failing_clearly(debug), cluster(address), _progress() as listen:
+    with _failing_clearly(debug), cluster(address), progress(out) as listen:
         write_phantoms(folder, patients, listen, edition=edition, seed=seed)
     out.print(f"{patients} synthetic patients in {folder.absolute()}")
 
@@ -145,8 +143,8 @@ def step_command(step: str) -> Callable[..., None]:
             with _configuring(debug):
                 opened = start_run(run, preset=preset, config=config, overrides=overrides or [])
             started = time.monotonic()
-            with cluster(address), _progress() as listen:
-                _complete(opened, step, listen)
+            with cluster(address) as kind, progress(out) as listen:
+                _complete(opened, step, listen, kind)
             _print_result(opened, time.monotonic() - started)
 
     return command
@@ -193,15 +191,11 @@ def plan_command(
 
 @app.command("status")
 def status_command(run: RunOption, debug: DebugOption = False) -> None:
-    """Keys done of all, per stage."""
+    """Keys done of all, rate, time left, retries and cost, per stage."""
     with _failing_clearly(debug):
         with _configuring(debug):
             opened = open_run(run)
-        table = Table("stage", "done", "of", "work, s", "freed")
-        for line in status(opened):
-            total = "?" if line.total is None else str(line.total)
-            table.add_row(line.stage, str(line.done), total, f"{line.seconds:.1f}", str(line.released or ""))
-        out.print(table)
+        out.print(_status_table(status(opened)))
 
 
 @app.command("verify")
@@ -281,55 +275,35 @@ def main() -> None:
     app()
 
 
-def _complete(run: Run, step: str, listen: Listener) -> None:
-    with RayExecutor() as pool:
+def _complete(run: Run, step: str, listen: Listener, kind: str) -> None:
+    with RayExecutor(elastic=kind == "cluster") as pool:
 
-        def write_tables(stage: Stage[Any], keys: Sequence[Any], report: Callable[[Any], None]) -> None:
+        def write_tables(stage: Stage[Any], keys: Sequence[Any], report: Report) -> None:
             pool.close()  # Ray Data would wait for the CPUs that idle actors hold.
             execute_on_ray_data(stage, keys, report)
 
         run_to(run, step, Executors(pool=pool, tables=write_tables), listen)
 
 
-@contextmanager
-def _progress() -> Iterator[Listener]:
-    """Bars on a terminal; a plain line now and then where there is none, as in the log of a job."""
-    if not out.is_terminal:
-        yield _PlainLines()
-        return
-    columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=out) as bars:
-        tasks: dict[str, int] = {}
-
-        def listen(event: Event) -> None:
-            if event.stage not in tasks:
-                tasks[event.stage] = bars.add_task(event.stage, total=event.total)
-            bars.update(tasks[event.stage], completed=event.done, total=event.total)  # type: ignore[arg-type]
-
-        yield listen
-
-
-class _PlainLines:
-    """Prints the beginning and end of a stage, and a line every few seconds in between."""
-
-    def __init__(self) -> None:
-        self._began = 0.0
-        self._before = 0
-        self._printed = 0.0
-
-    def __call__(self, event: Event) -> None:
-        now = time.monotonic()
-        if event.kind == "begin":
-            self._began, self._before, self._printed = now, event.done, now
-            return
-        if event.kind == "done" and now - self._printed < PLAIN_LINE_SECONDS:
-            return
-        self._printed = now
-        spent, fresh = now - self._began, event.done - self._before
-        left = (
-            f", about {spent / fresh * (event.total - event.done):.0f} s left" if fresh and event.kind == "done" else ""
+def _status_table(lines: Sequence[StageStatus]) -> Table:
+    table = Table("stage", "done", "of", "a minute", "left, s", "tried again", "worker, s", "peak, GiB", "freed")
+    for line in lines:
+        cost, left = line.cost, line.seconds_left
+        table.add_row(
+            line.stage,
+            str(line.done),
+            "?" if line.total is None else str(line.total),
+            f"{cost.keys_a_minute:.1f}" if cost.keys_a_minute else "",
+            f"{left:.0f}" if left else "",
+            str(cost.retries or ""),
+            f"{cost.worker_seconds:.1f}",
+            f"{cost.peak_memory / 2**30:.2f}" if cost.peak_memory else "",
+            str(line.released or ""),
         )
-        print(f"{event.stage}: {event.done}/{event.total} in {spent:.1f} s{left} {event.detail}".rstrip(), flush=True)
+    seconds = sum(line.cost.worker_seconds for line in lines)
+    retries = sum(line.cost.retries for line in lines)
+    table.add_row("in all", "", "", "", "", str(retries or ""), f"{seconds:.1f}", "", "", style="bold")
+    return table
 
 
 def _ranking_table(found: RegionExplanation, name: str) -> Table:

@@ -2,43 +2,74 @@
 
 Ray Data schedules the keys over the cluster; the rows go from the worker to the run's storage under names that their
 keys determine, so that a second run replaces files instead of adding to them (Ray Data's own Parquet writer appends).
+An error in one key would end a whole Ray Data job; it comes back as the key's answer instead, and the key is tried
+again in the next job.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import ray.data
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
-from ray_tracin.runtime import cause_of, stage_error
-from ray_tracin.stages import Stage, StageWorker
+from ray_tracin.assignment import Assignment
+from ray_tracin.pool import reason, repeats, stage_error
+from ray_tracin.stages import Attempt, Report, Stage, StageWorker
 
 
 def write_table(row: dict[str, Any], stage: Stage[Any], keys: Sequence[Any]) -> dict[str, Any]:
-    """Do the key at a position; the row that comes back says only which. A mapper of Ray Data."""
-    StageWorker(stage).do(keys[int(row["item"])])
-    return row
+    """Do the key at a position; what comes back says only which, and what was raised. A mapper of Ray Data."""
+    position = int(row["item"])
+    try:
+        StageWorker(stage).do(keys[position])
+    except Exception as error:
+        return {"item": position, "error": _pickled(error)}
+    return {"item": position, "error": b""}
 
 
-def execute_on_ray_data(stage: Stage[Any], keys: Sequence[Any], report: Callable[[Any], None]) -> None:
-    """The executor that does keys as a Ray Data job.
+def _pickled(error: Exception) -> bytes:
+    try:
+        return pickle.dumps(error)
+    except Exception:  # Errors of libraries may hold what can't travel; their text can.
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def execute_on_ray_data(stage: Stage[Any], keys: Sequence[Any], report: Report) -> None:
+    """The executor that does keys as Ray Data jobs: one, and more for keys that failed in a way that may pass.
 
     Raises:
-        StageError: a key failed; those that were done before are kept.
+        StageError: some keys failed; all others were done.
     """
     _be_quiet()
+    assigned = Assignment(keys)
+    while not assigned.over:
+        waiting = []
+        while (key := assigned.take(0, ())) is not None:
+            waiting.append(key)
+        try:
+            _run_job(stage, waiting, assigned, report)
+        except RayError as error:
+            raise stage_error(stage, {"writing a table": error}, len(keys)) from error
+    if assigned.failures:
+        raise stage_error(stage, assigned.failures, len(keys))
+
+
+def _run_job(stage: Stage[Any], keys: Sequence[Any], assigned: Assignment, report: Report) -> None:
     positions = ray.data.from_items(list(range(len(keys))), override_num_blocks=len(keys))
     mapper: Any = partial(write_table, stage=stage, keys=list(keys))
     written = positions.map(mapper, num_cpus=1, concurrency=stage.run.config.resources.workers)
-    try:
-        for row in written.iter_rows():
-            report(keys[int(row["item"])])
-    except RayTaskError as error:
-        raise stage_error(stage, {"writing a table": cause_of(error)}, len(keys)) from error
-    except RayError as error:
-        raise stage_error(stage, {"writing a table": error}, len(keys)) from error
+    for row in written.iter_rows():
+        key = keys[int(row["item"])]
+        if not row["error"]:
+            assigned.finish(key)
+            report(key)
+            continue
+        error = pickle.loads(row["error"])
+        report(key, Attempt("error", reason(error)))
+        assigned.fail(key, error, for_good=repeats(error))
 
 
 def _be_quiet() -> None:

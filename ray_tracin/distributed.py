@@ -5,7 +5,7 @@ fraction of the time. Importing Ray Train takes seconds, so this module is loade
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
@@ -16,15 +16,13 @@ from ray.train.torch import TorchTrainer, get_device
 from torch import nn
 
 from ray_tracin.learning import Train
-from ray_tracin.stages import StageWorker, sound_receipts
+from ray_tracin.stages import Report, StageWorker, sound_receipts
 
 POLL_SECONDS = 2.0
 TRIES = 3
 
 
-def execute_with_ray_train(
-    stage: Train, keys: Sequence[Any], report: Callable[[Any], None], resources: dict[str, float]
-) -> None:
+def execute_with_ray_train(stage: Train, keys: Sequence[Any], report: Report, resources: dict[str, float]) -> None:
     """Train the epochs in ``stage.processes`` processes with DistributedDataParallel; rank 0 writes.
 
     A process that is lost ends the group, and a new group goes on from the newest checkpoint.

@@ -5,6 +5,7 @@ not kept, so that the disk holds the shards of one checkpoint at a time.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from ray_tracin import store as paths
 from ray_tracin.ablation import Ablate, TabulateImpact
 from ray_tracin.assembly import AssembleStripes, ExportInfluence, TabulateSelfInfluence
 from ray_tracin.attribution import ComputeTiles, Differentiate
+from ray_tracin.costs import EVENTS_KEY, StageCost, collect_events, publish_events, stage_costs
 from ray_tracin.explaining import CountLists, RankPatients, RankQueries, TabulateGlobalExplainers, TabulateRankings
 from ray_tracin.featuring import MapFeatures, RankFeatures, TabulateFeatures
 from ray_tracin.figures import DrawFigures
@@ -20,7 +22,7 @@ from ray_tracin.mapping import MapRegions, TabulateRegions
 from ray_tracin.planning import plan_of
 from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices
 from ray_tracin.runs import Run
-from ray_tracin.stages import LAYOUT, Executor, Listener, Stage, complete, sound_receipts
+from ray_tracin.stages import ATTEMPTS, LAYOUT, Executor, Listener, Stage, complete, sound_receipts
 from ray_tracin.store import Receipt
 from ray_tracin.vocabulary import checkpoint_name
 
@@ -42,11 +44,15 @@ def run_to(run: Run, step: str, executors: Executors, listen: Listener) -> None:
     Raises:
         StageError: keys failed; everything that could be done is done, and the same call goes on from there.
     """
-    for name in STEPS[: STEPS.index(step) + 1]:
-        # Shards may be freed once their tiles are done: only their own command insists on having all of them.
-        if name == "gradients" and step != "gradients":
-            continue
-        _STEPS[name](run, executors, listen)
+    try:
+        for name in STEPS[: STEPS.index(step) + 1]:
+            # Shards may be freed once their tiles are done: only their own command insists on having all of them.
+            if name == "gradients" and step != "gradients":
+                continue
+            _STEPS[name](run, executors, listen)
+    finally:
+        with suppress(OSError):  # Storage that refuses has been, or will be, reported by what matters more.
+            publish_events(run, stage_names(run))
 
 
 def _prepare(run: Run, executors: Executors, listen: Listener) -> None:
@@ -191,23 +197,31 @@ def all_stages(run: Run) -> list[Stage[Any]]:
 
 @dataclass(frozen=True)
 class StageStatus:
-    """Where a stage stands: keys done, keys in all (None while it can't be known), seconds of work, released keys."""
+    """Where a stage stands: keys done, keys in all (None while it can't be known), released keys, and what it cost."""
 
     stage: str
     done: int
     total: int | None
-    seconds: float
     released: int
+    cost: StageCost
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the stage is done, at the rate of the keys that are; None where there is nothing to tell it by."""
+        if self.total is None or not self.cost.keys_a_minute:
+            return None
+        return 60 * (self.total - self.done) / self.cost.keys_a_minute
 
 
 def status(run: Run) -> list[StageStatus]:
-    """Where every stage stands, by its receipts."""
+    """Where every stage stands, by its receipts and the attempts that came to nothing."""
     found = []
+    costs = stage_costs(collect_events(run, stage_names(run)))
     for stage in all_stages(run):
         receipts = run.store.receipts(stage.name)
-        seconds = sum(receipt.seconds for receipt in receipts.values())
         released = sum(receipt.released for receipt in receipts.values())
-        found.append(StageStatus(stage.name, len(receipts), _total(stage), seconds, released))
+        cost = costs.get(stage.name, StageCost())
+        found.append(StageStatus(stage.name, len(receipts), _total(stage), released, cost))
     return found
 
 
@@ -220,14 +234,17 @@ def _total(stage: Stage[Any]) -> int | None:
 
 def verify(run: Run) -> dict[str, list[str]]:
     """What is wrong with the bytes of the run, by ``stage/key``; ``foreign`` lists files that no receipt names."""
-    receipts = [receipt for name in _stage_names(run) for receipt in run.store.receipts(name).values()]
+    receipts = [
+        receipt for name in (LAYOUT, *stage_names(run), EVENTS_KEY) for receipt in run.store.receipts(name).values()
+    ]
     problems = run.store.problems(receipts, check_bytes=True)
     foreign = _foreign(run, receipts)
     return {**problems, **({"foreign": foreign} if foreign else {})}
 
 
-def _stage_names(run: Run) -> list[str]:
-    return [LAYOUT, *(stage.name for stage in all_stages(run))]
+def stage_names(run: Run) -> list[str]:
+    """The names of all stages, in order."""
+    return [stage.name for stage in all_stages(run)]
 
 
 def _foreign(run: Run, receipts: list[Receipt]) -> list[str]:
@@ -237,5 +254,5 @@ def _foreign(run: Run, receipts: list[Receipt]) -> list[str]:
     return [
         f"{path}: belongs to no finished key"
         for path in sorted(run.store.objects.sizes())
-        if not (path in known or path.startswith(source))
+        if not (path in known or path.startswith((source, f"{ATTEMPTS}/")))
     ]

@@ -141,8 +141,8 @@ class Run:
         return self.store.array(f"{paths.INFLUENCE}/{query_set}")
 
     def table(self, name: str) -> pd.DataFrame:
-        """A table by its name: ``slices``, ``regions``, ``checkpoints``, ``skipped``, or one of ``tables/``."""
-        top = {"slices", "regions", "checkpoints", "skipped"}
+        """A table by its name: slices, regions, checkpoints, skipped, events, or one of ``tables/``."""
+        top = {"slices", "regions", "checkpoints", "skipped", "events"}
         return self.store.read_table(f"{name}.parquet" if name in top else f"tables/{name}.parquet")
 
 

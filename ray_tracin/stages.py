@@ -5,18 +5,25 @@ Ray Data in `datasets`) may do it, in any order, any number of times, with the s
 the keys that are not done. This module knows no Ray, and none of the stages.
 """
 
+import gc
+import json
 import os
+import re
 import resource
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
 
 from ray_tracin.runs import Run
 from ray_tracin.store import Receipt, now
 
 Key = TypeVar("Key")
+T = TypeVar("T")
 Result = Mapping[str, Any]
 LAYOUT = "layout"
 """The pseudo-stage whose keys are stages: receipts of the metadata that each writes once, before its keys."""
@@ -35,6 +42,30 @@ class Event:
 
 
 Listener = Callable[[Event], None]
+ATTEMPTS = "attempts"
+"""The folder of attempts that came to nothing, a file each, until they stand in ``events.parquet``."""
+Outcome = Literal["error", "lost", "hung", "copy"]
+"""The work raised; its worker went away; it was ended because its lease ran out; another worker was first."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An attempt at a key that did not do it, and what it cost."""
+
+    outcome: Outcome
+    error: str
+    worker: str = ""
+    started: float = 0.0
+    """Seconds since the epoch."""
+    seconds: float = 0.0
+
+
+@runtime_checkable
+class Report(Protocol):
+    """What an executor tells of a key: that it is done, or of an attempt that came to nothing."""
+
+    def __call__(self, key: Any, attempt: Attempt | None = None) -> None:
+        """Note it."""
 
 
 class StageError(ValueError):
@@ -79,6 +110,8 @@ class StageWorker(Generic[Key]):
     def __init__(self, stage: Stage[Key], work: Callable[[Key], Result] | None = None) -> None:
         self._stage = stage
         self._work = work or stage.open()
+        self.name = f"{socket.gethostname()}:{os.getpid()}:{_device_name(stage)}"
+        """Host, process and device, as receipts and events have them."""
 
     def do(self, key: Key) -> Receipt:
         """Do the key and declare it done. An error carries the stage and the key as a note."""
@@ -96,7 +129,7 @@ class StageWorker(Generic[Key]):
             fingerprint=self._stage.run.fingerprint,
             files=store.take_written(),
             result=result,
-            worker=f"{socket.gethostname()}:{os.getpid()}",
+            worker=self.name,
             started=started,
             seconds=now() - started,
             peak_memory=peak_memory(),
@@ -105,8 +138,15 @@ class StageWorker(Generic[Key]):
         return receipt
 
 
-Executor = Callable[[Stage[Any], Sequence[Any], Callable[[Any], None]], None]
-"""Does keys of a stage, anywhere, and reports each one that is done.
+def _device_name(stage: Stage[Any]) -> str:
+    """``cpu``, or the name of the GPU that the work is on."""
+    if stage.uses_gpu and stage.run.config.resources.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return "cpu"
+
+
+Executor = Callable[[Stage[Any], Sequence[Any], Report], None]
+"""Does keys of a stage, anywhere, and reports each one that is done, and each attempt that failed.
 
 Raises `StageError` at the end if some failed; all others were done.
 """
@@ -141,8 +181,13 @@ def complete(stage: Stage[Any], execute: Executor, listen: Listener) -> None:
     listen(Event(stage.name, "begin", done, total))
     if pending:
 
-        def report(key: Any) -> None:
+        def report(key: Any, attempt: Attempt | None = None) -> None:
             nonlocal done
+            if attempt is not None:
+                log_attempt(stage, key, attempt)
+                detail = f"{attempt.outcome}: {attempt.error}"
+                listen(Event(stage.name, "again", done, total, str(key), detail))
+                return
             done += 1
             listen(Event(stage.name, "done", done, total, str(key)))
 
@@ -150,12 +195,48 @@ def complete(stage: Stage[Any], execute: Executor, listen: Listener) -> None:
     listen(Event(stage.name, "end", done, total, detail=f"{len(pending)} computed"))
 
 
-def execute_serially(stage: Stage[Any], keys: Sequence[Any], report: Callable[[Any], None]) -> None:
+def log_attempt(stage: Stage[Any], key: Any, attempt: Attempt) -> None:
+    """Keep an attempt that came to nothing, in a file of its own: it is written whole and survives any kill."""
+    name = f"{ATTEMPTS}/{stage.name}/{key}/{int(attempt.started * 1000)}-{attempt.outcome}.json"
+    text = json.dumps({"stage": stage.name, "key": str(key), **asdict(attempt)})
+    with suppress(OSError):  # The history of a key matters less than the keys that are left.
+        stage.run.store.objects.put(name, text.encode())
+
+
+def execute_serially(stage: Stage[Any], keys: Sequence[Any], report: Report) -> None:
     """The executor without a cluster: one key after another in this process; the first error ends it."""
     worker = StageWorker(stage)
     for key in keys:
         worker.do(key)
         report(key)
+
+
+def halving(work: Callable[[int], T], size: int, smallest: int = 1) -> tuple[T, int]:
+    """What ``work(size)`` returns, with ``size`` halved as often as the device's memory is too small for it.
+
+    The size that fitted comes second, for the next call to begin with.
+
+    Raises:
+        torch.OutOfMemoryError, MemoryError: even the smallest size does not fit.
+    """
+    while True:
+        try:
+            return work(size), size
+        except Exception as error:
+            if size <= smallest or not out_of_memory(error):
+                raise
+        # Outside the handler: the traceback, which holds the tensors of the attempt, is gone by now.
+        size = size // 2
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small, the GPU's or the process's; torch reports the latter as a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search(r"can't allocate memory|CUDA out of memory", str(error)))
 
 
 def peak_memory() -> int:

@@ -1,0 +1,415 @@
+"""A pool of Ray actors that does the keys of a stage, whatever happens to actors, nodes and keys.
+
+A worker reports ready before it is given work (importing torch takes seconds, and a lease must not run out meanwhile),
+has a bounded number of keys in flight, and is never restarted by Ray: with Ray's own retries, calls queue on an actor
+that cannot be placed and never return. The pool hires a new worker instead, where and while the cluster has room.
+
+A key whose worker went away, or whose lease ran out, goes to another worker; so does one that takes far longer than
+the others when workers have nothing else to do. Workers that wait for room are what an autoscaler sees as demand;
+those that are idle or not needed any more are let go. A node whose workers keep dying gets no more of them.
+"""
+
+import logging
+import re
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+from ray_tracin.assignment import TRIES, Assignment
+from ray_tracin.stages import Attempt, Outcome, Report, Stage, StageError, StageWorker
+from ray_tracin.store import now
+
+SHORT_SECONDS = 1.0
+"""Keys that take less than this are given out before the worker has finished the one before; others needn't be."""
+REMEMBERED = 200
+"""Keys whose times say what is usual."""
+POLL_SECONDS = 0.5
+RESIZE_SECONDS = 2.0
+IDLE_SECONDS = 30.0
+"""Idle workers of a cluster that grows and shrinks are let go after this long."""
+SLOWER_THAN_MEDIAN = 20
+"""A key may take so many times the median before it is taken for hung, and no less than the lease."""
+COPIED_AFTER_MEDIANS = 3
+COPIED_AFTER_SECONDS = 10.0
+"""When workers are idle, keys that take longer than this, and than so many medians, are done twice."""
+WAITING_SECONDS = 60.0
+SHOWN_FAILURES = 5
+NODE_LABEL = "ray.io/node-id"
+PROCESS_DIED = "worker process has died"
+OUT_OF_MEMORY = "running low on memory|OutOfMemory"
+"""Ray's words: a process ended on a node that is alive, of itself or by Ray's own memory monitor."""
+
+logger = logging.getLogger(__name__)
+
+
+class PoolWorker:
+    """A process that does keys of one stage after another; wrapped into an actor where it is used."""
+
+    def where(self) -> str:
+        """The node that the process is on."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def open(self, stage: Stage[Any]) -> str:
+        """Get ready for a stage; host, process and device. Not done on creation: Ray would hide the error's cause."""
+        self._worker = StageWorker(stage)
+        return self._worker.name
+
+    def do(self, key: Any) -> float:
+        """Do a key; the seconds that it took."""
+        return self._worker.do(key).seconds
+
+
+@dataclass(eq=False)
+class _Flight:
+    key: Any
+    worker: "_Worker"
+    reference: Any
+    started: float
+    """When the worker came to it, on the clock of this process; `time.monotonic`."""
+    overdue: bool = False
+
+
+@dataclass(eq=False)
+class _Worker:
+    number: int
+    actor: Any
+    where: Any = None
+    opening: Any = None
+    ready: bool = False
+    placed: float | None = None
+    """When its process was first seen to be there."""
+    name: str = ""
+    flights: list[_Flight] = field(default_factory=list)
+    """In the order in which they will be done; the first is being done."""
+    errors: int = 0
+    """Keys in a row on which the work raised."""
+    idle_since: float = field(default_factory=time.monotonic)
+
+
+class Pool:
+    """Workers of one size that do the keys of a stage at a time. They stay for the next stage.
+
+    ``elastic`` is for clusters that grow on demand: there, more workers are asked for than there is room for.
+    """
+
+    def __init__(self, options: dict[str, Any], *, elastic: bool = False) -> None:
+        self.options = options
+        self._elastic = elastic
+        self._workers: list[_Worker] = []
+        self._hired = 0
+        self._deaths: Counter[str] = Counter()
+        """Of workers, by node."""
+        self._lightened = 0
+        """How often the memory that a worker asks for was doubled, because one had died of too little."""
+
+    def close(self) -> None:
+        """End the workers, so that what they hold is free for others."""
+        for worker in [*self._workers]:
+            self._dismiss(worker)
+
+    def execute(self, stage: Stage[Any], keys: Sequence[Any], report: Report) -> None:
+        """Do every key of the stage.
+
+        Raises:
+            StageError: some keys failed; all others were done.
+        """
+        self._stage, self._report, self._keys = stage, report, Assignment(keys)
+        self._seconds: deque[float] = deque(maxlen=REMEMBERED)
+        self._failed_starts = 0
+        self._began = self._sized = time.monotonic()
+        self._warned = False
+        for worker in self._workers:
+            worker.ready = False
+        self._resize()
+        while not self._keys.over:
+            self._dispatch()
+            self._collect()
+            self._look_after()
+        self._end()
+        if self._keys.failures:
+            raise stage_error(stage, self._keys.failures, len(keys))
+
+    # Size
+
+    def _resize(self) -> None:
+        """Open, hire or let go workers, so that there are as many as the waiting keys and the room ask for."""
+        self._sized = time.monotonic()
+        busy = sum(bool(worker.flights) for worker in self._workers)
+        wanted = max(1, min(self._target(), busy + self._keys.waiting))
+        open_ones = [worker for worker in self._workers if worker.opening is not None]
+        for worker in [worker for worker in self._workers if worker.opening is None][: wanted - len(open_ones)]:
+            self._open(worker)
+            open_ones.append(worker)
+        for _ in range(wanted - len(open_ones)):
+            self._hire()
+        pending = [worker for worker in open_ones if not worker.ready and worker.placed is None]
+        for worker in pending[: max(0, len(open_ones) - wanted)]:
+            self._dismiss(worker)
+
+    def _target(self) -> int:
+        fixed = self._stage.run.config.resources.workers
+        if fixed is not None:
+            return fixed
+        room = room_for(self._options(), avoid=self._sick())
+        return room + max(1, room) if self._elastic else max(1, room)
+
+    def _options(self) -> dict[str, Any]:
+        """What the next worker holds: more memory, so that fewer share a node, after one ran out of it."""
+        if "memory" not in self.options or not self._lightened:
+            return dict(self.options)
+        more = {**self.options, "memory": self.options["memory"] * 2**self._lightened}
+        return more if room_for(more) else dict(self.options)
+
+    def _sick(self) -> set[str]:
+        """Nodes whose workers keep dying, unless no other node has room."""
+        found = {node for node, deaths in self._deaths.items() if deaths >= TRIES}
+        return found if found and room_for(self.options, avoid=found) else set()
+
+    def _hire(self) -> None:
+        options, sick = self._options(), self._sick()
+        if sick:
+            options["label_selector"] = {NODE_LABEL: f"!in({','.join(sorted(sick))})"}
+        actor: Any = ray.remote(max_restarts=0, max_task_retries=0, **options)(PoolWorker).remote()
+        self._hired += 1
+        worker = _Worker(self._hired, actor, where=actor.where.remote())
+        self._workers.append(worker)
+        self._open(worker)
+
+    def _open(self, worker: _Worker) -> None:
+        worker.errors, worker.placed = 0, None
+        worker.opening = worker.actor.open.remote(self._stage)
+
+    def _dismiss(self, worker: _Worker) -> None:
+        if worker in self._workers:
+            self._workers.remove(worker)
+        ray.kill(worker.actor)
+
+    # Work
+
+    def _dispatch(self) -> None:
+        ready = [worker for worker in self._workers if worker.ready]
+        numbers = [worker.number for worker in ready]
+        # Round robin, so that the last keys spread over the workers.
+        for depth in range(2 if self._seconds and self._usual() < SHORT_SECONDS else 1):
+            for worker in ready:
+                if len(worker.flights) == depth and not any(flight.overdue for flight in worker.flights):
+                    self._give(worker, numbers)
+
+    def _give(self, worker: _Worker, others: list[int]) -> None:
+        key = self._keys.take(worker.number, others)
+        if key is not None:
+            flight = _Flight(key, worker, worker.actor.do.remote(key), time.monotonic())
+            worker.flights.append(flight)
+
+    def _collect(self) -> None:
+        flights = {flight.reference: flight for worker in self._workers for flight in worker.flights}
+        booting = {worker.opening: worker for worker in self._workers if worker.opening and not worker.ready}
+        if not flights and not booting:
+            self._resize()
+            return
+        found, _ = ray.wait([*flights, *booting], num_returns=1, timeout=POLL_SECONDS)
+        for reference in found:
+            if reference in booting:
+                self._opened(booting[reference])
+            else:
+                self._landed(flights[reference])
+
+    def _opened(self, worker: _Worker) -> None:
+        try:
+            worker.name = ray.get(worker.opening)
+        except RayTaskError as error:
+            self._start_failed(worker, cause_of(error), "opening a worker")
+        except RayError as error:
+            self._start_failed(worker, error, "starting a worker")
+        else:
+            worker.ready, worker.idle_since = True, time.monotonic()
+            self._failed_starts = 0
+
+    def _start_failed(self, worker: _Worker, error: BaseException, what: str) -> None:
+        self._failed_starts += 1
+        if repeats(error) or self._failed_starts >= TRIES * max(1, len(self._workers)):
+            raise stage_error(self._stage, {what: error}, self._keys.left) from error
+        self._lose(worker, error, "lost")
+
+    def _landed(self, flight: _Flight) -> None:
+        worker = flight.worker
+        try:
+            seconds = ray.get(flight.reference)
+        except RayTaskError as error:
+            self._next(worker)
+            self._erred(flight, cause_of(error))
+        except RayError as error:
+            self._lose(worker, error, "lost")
+        else:
+            self._next(worker)
+            worker.errors = 0
+            self._seconds.append(seconds)
+            if self._keys.finish(flight.key):
+                self._report(flight.key)
+            else:
+                self._log(flight, "copy", "another worker was first")
+
+    def _next(self, worker: _Worker) -> None:
+        """The worker goes on with the next key in its hands: from now on the time counts as that key's."""
+        worker.flights.pop(0)
+        worker.idle_since = time.monotonic()
+        if worker.flights:
+            worker.flights[0].started = worker.idle_since
+
+    def _erred(self, flight: _Flight, error: BaseException) -> None:
+        self._log(flight, "error", reason(error))
+        self._keys.fail(flight.key, error, for_good=repeats(error))
+        flight.worker.errors += not repeats(error)
+        if flight.worker.errors >= TRIES:
+            # What fails at every key may be the process or its GPU; another one may be on a better node.
+            self._lose(flight.worker, error, "lost")
+
+    def _lose(self, worker: _Worker, error: BaseException, outcome: Outcome) -> None:
+        """The worker is gone, or has to go: its keys wait again, and the one it was at is blamed if it was a death."""
+        starved = isinstance(error, RayError) and bool(re.search(OUT_OF_MEMORY, str(error)))
+        died = starved or (isinstance(error, ActorDiedError) and PROCESS_DIED in str(error))
+        self._lightened += starved
+        if died or outcome == "hung" or worker.errors >= TRIES:
+            self._deaths[self._node_of(worker)] += 1
+        self._dismiss(worker)
+        flights, worker.flights = worker.flights, []
+        for flight in reversed(flights):
+            self._keys.give_back(flight.key)
+        if flights and (died or outcome == "hung"):
+            self._keys.fail(flights[0].key, error)
+        if flights and worker.errors < TRIES:
+            self._log(flights[0], outcome, reason(error))
+        self._resize()
+
+    def _node_of(self, worker: _Worker) -> str:
+        try:
+            return str(ray.get(worker.where, timeout=0))
+        except RayError:
+            return "unknown"
+
+    def _log(self, flight: _Flight, outcome: Outcome, error: str) -> None:
+        seconds = time.monotonic() - flight.started
+        self._report(flight.key, Attempt(outcome, error, flight.worker.name, now() - seconds, seconds))
+
+    # Time
+
+    def _look_after(self) -> None:
+        moment = time.monotonic()
+        lease = self._lease()
+        for flight in [worker.flights[0] for worker in self._workers if worker.flights]:
+            age = moment - flight.started
+            if age > 2 * lease:
+                message = f"did not finish within twice the lease of {lease:.0f} s (resources.lease_seconds)"
+                self._lose(flight.worker, TimeoutError(message), "hung")
+            elif age > lease and not flight.overdue:
+                flight.overdue = True
+                for late in flight.worker.flights:
+                    self._keys.give_back(late.key)
+        self._copy_slow_keys(moment)
+        if moment - self._sized > RESIZE_SECONDS:
+            self._resize()
+            self._end_stuck_openings(moment)
+            self._let_idle_go(moment)
+            self._say_if_none_came(moment)
+
+    def _lease(self) -> float:
+        return max(float(self._stage.run.config.resources.lease_seconds), SLOWER_THAN_MEDIAN * self._usual())
+
+    def _usual(self) -> float:
+        """Seconds that a key of this stage takes, by the median of the last ones."""
+        return statistics.median(self._seconds) if self._seconds else 0.0
+
+    def _copy_slow_keys(self, moment: float) -> None:
+        """Give keys that take far longer than usual to idle workers too: their own may be on a slow node."""
+        idle = [worker for worker in self._workers if worker.ready and not worker.flights]
+        if not idle or self._keys.waiting or not self._seconds:
+            return
+        limit = max(COPIED_AFTER_SECONDS, COPIED_AFTER_MEDIANS * self._usual())
+        flights = [flight for worker in self._workers for flight in worker.flights]
+        slow = [flight for flight in flights if moment - flight.started > limit and self._keys.copies(flight.key) == 1]
+        for flight in slow[: len(idle)]:
+            self._keys.give_back(flight.key)
+
+    def _end_stuck_openings(self, moment: float) -> None:
+        for worker in [worker for worker in self._workers if worker.opening is not None and not worker.ready]:
+            if worker.placed is None and ray.wait([worker.where], timeout=0)[0]:
+                worker.placed = moment
+            if worker.placed is not None and moment - worker.placed > 2 * self._lease():
+                self._start_failed(worker, TimeoutError("did not open within twice the lease"), "opening a worker")
+
+    def _let_idle_go(self, moment: float) -> None:
+        if not self._elastic or self._keys.waiting:
+            return
+        idle = [worker for worker in self._workers if worker.ready and not worker.flights]
+        # One stays, for a key whose worker goes away.
+        for worker in idle[1:]:
+            if moment - worker.idle_since > IDLE_SECONDS:
+                self._dismiss(worker)
+
+    def _say_if_none_came(self, moment: float) -> None:
+        if not self._warned and moment - self._began > WAITING_SECONDS and not any(w.name for w in self._workers):
+            self._warned = True
+            logger.warning("%s waits for a node that has %s", self._stage.name, _shown(self.options))
+
+    def _end(self) -> None:
+        """A worker that is still at a key, done elsewhere or given up, would hold up the next stage."""
+        for worker in [worker for worker in self._workers if worker.flights]:
+            self._log(worker.flights[0], "copy", "another worker was first")
+            worker.flights = []
+            self._dismiss(worker)
+        for worker in [worker for worker in self._workers if worker.opening and not worker.ready]:
+            self._dismiss(worker)
+        for worker in self._workers:
+            worker.opening, worker.ready = None, False
+
+
+def room_for(options: dict[str, Any], avoid: set[str] | None = None) -> int:
+    """How many workers of these options the nodes that are there have room for, if they do nothing else."""
+    wanted = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus"), "memory": options.get("memory")}
+    needs = {name: need for name, need in wanted.items() if need}
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in (avoid or ())]
+    return sum(min(int(node["Resources"].get(name, 0) / need) for name, need in needs.items()) for node in nodes)
+
+
+def _shown(options: dict[str, Any]) -> str:
+    wanted = {"CPUs": options.get("num_cpus"), "GPUs": options.get("num_gpus"), "GiB": options.get("memory", 0) / 2**30}
+    return ", ".join(f"{need:.3g} {name}" for name, need in wanted.items() if need)
+
+
+def cause_of(error: RayTaskError) -> BaseException:
+    """What the work itself raised."""
+    return error.cause if isinstance(error.cause, BaseException) else error
+
+
+def repeats(error: BaseException) -> bool:
+    """Whether doing the key again would fail again: what the user must mend, or storage that is full."""
+    return isinstance(error, ValueError | OSError) and not isinstance(error, TimeoutError | RayError)
+
+
+def stage_error(stage: Stage[Any], failures: dict[Any, BaseException], keys: int) -> StageError:
+    """What a stage reports at its end about the keys that failed."""
+    lines = [f"{key}: {reason(error)}" for key, error in list(failures.items())[:SHOWN_FAILURES]]
+    more = f"\n  … and {len(failures) - SHOWN_FAILURES} more" if len(failures) > SHOWN_FAILURES else ""
+    return StageError(
+        f"stage {stage.name}: {len(failures)} of {keys} keys failed, the others are done and kept:\n  "
+        + "\n  ".join(lines)
+        + more
+    )
+
+
+def reason(error: BaseException) -> str:
+    """The error in one line; all of it where it speaks to the user."""
+    if isinstance(error, RayError) and re.search(OUT_OF_MEMORY, str(error)):
+        return "its worker was ended because the node ran out of memory"
+    if isinstance(error, ActorDiedError) and PROCESS_DIED in str(error):
+        return "its worker's process died: killed, crashed, or out of memory"
+    if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+        return f"its worker went away ({type(error).__name__})"
+    text = str(error).strip() or type(error).__name__
+    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text.splitlines()[-1]}"
