@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 from ray_tracin.assignment import Assignment
 from ray_tracin.pool import reason, repeats, stage_error
 from ray_tracin.stages import Attempt, Report, Stage, StageWorker
+from ray_tracin.store import now
 
 
 def write_table(row: dict[str, Any], stage: Stage[Any], keys: Sequence[Any]) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def _run_job(stage: Stage[Any], keys: Sequence[Any], assigned: Assignment, repor
             report(key)
             continue
         error = pickle.loads(row["error"])
-        report(key, Attempt("error", reason(error)))
+        report(key, Attempt("error", reason(error), started=now()))
         assigned.fail(key, error, for_good=repeats(error))
 
 

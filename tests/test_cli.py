@@ -349,10 +349,11 @@ def test_a_driver_killed_in_every_stage_goes_on_where_it_was(tiny_run: Run, pati
 def started_times(run: Path) -> dict[str, float]:
     """When every finished key was begun."""
     store = RunStore(run)
-    stages = [path.name for path in (run / "receipts").iterdir()]
+    stages = [path.name for path in (run / "receipts").iterdir() if path.name != "events"]
     return {f"{stage}/{key}": receipt.started for stage in stages for key, receipt in store.receipts(stage).items()}
 
 
 def arrays_and_tables(root: Path) -> dict[str, bytes]:
     kept = (*root.glob("*.zarr/**/*"), *root.glob("*.parquet"), *root.glob("tables/**/*"), *root.glob("checkpoints/*"))
-    return {str(path.relative_to(root)): path.read_bytes() for path in kept if path.is_file() and "#" not in path.name}
+    files = [path for path in kept if path.is_file() and "#" not in path.name and path.name != "events.parquet"]
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
