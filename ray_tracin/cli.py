@@ -30,6 +30,7 @@ from ray_tracin.runtime import RayExecutor, cluster, write_phantoms
 from ray_tracin.stages import Listener, Report, Stage
 
 DEMO_PATIENTS = 28
+LOG_WIDTH = 160
 SHOWN_FEATURES = 3
 """Predictive features that a line of an explanation names."""
 TITLES = {"proponent": "Proponents", "neutral": "Neutral regions", "opponent": "Opponents"}
@@ -286,7 +287,8 @@ def _complete(run: Run, step: str, listen: Listener, kind: str) -> None:
 
 
 def _status_table(lines: Sequence[StageStatus]) -> Table:
-    table = Table("stage", "done", "of", "a minute", "left, s", "tried again", "worker, s", "peak, GiB", "freed")
+    columns = ("stage", "done", "of", "per min", "left, s", "again", "worker, s", "GiB", "freed")
+    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
     for line in lines:
         cost, left = line.cost, line.seconds_left
         table.add_row(

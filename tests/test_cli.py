@@ -304,23 +304,12 @@ def receipts_of(run: Path, stage: str) -> int:
     return len(list((run / "receipts" / stage).glob("**/*.json")))
 
 
-KILLED = {
-    "inspect": 1,
-    "cut": 2,
-    "train": 3,
-    "regions": 0,
-    "gradients": 5,
-    "tiles": 7,
-    "influence": 1,
-    "export": 1,
-    "rankings": 1,
-    "ablation": 0,
-}
-"""The stages in which the driver is killed, and after how many of their keys."""
+KILLED = {"train": 3, "tiles": 7, "rankings": 1}
+"""The stages in which the driver is killed, and after how many of their keys; `test_chaos` kills in all of them."""
 
 
 @pytest.mark.slow
-def test_a_driver_killed_in_every_stage_goes_on_where_it_was(tiny_run: Run, patients: Path, tmp_path: Path) -> None:
+def test_a_driver_that_is_killed_goes_on_where_it_was(tiny_run: Run, patients: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     kept: dict[str, float] = {}
     for stage, keys in KILLED.items():

@@ -1,62 +1,19 @@
 """The laws of stages: each key once, resumed where it stopped, damage done again, errors kept in their place."""
 
-import os
-import signal
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from faulty import ARRAY, Square
 
 from ray_tracin.config import build_config
 from ray_tracin.runs import Run, start_run
 from ray_tracin.runtime import RayExecutor
-from ray_tracin.stages import Event, Executor, Result, Stage, StageError, complete, done_receipts, execute_serially
+from ray_tracin.stages import Event, Executor, Stage, StageError, complete, done_receipts, execute_serially
 from ray_tracin.vocabulary import SliceRange
-
-ARRAY = "squares.zarr/x"
-
-
-@dataclass(frozen=True)
-class Square(Stage[SliceRange]):
-    """Writes i² at i; every attempt at a key leaves a file, and ``trouble`` says what goes wrong at it."""
-
-    attempts: Path
-    trouble: dict[int, str]
-    name: ClassVar[str] = "square"
-
-    def keys(self) -> Sequence[SliceRange]:
-        return [SliceRange(start, start + 2) for start in range(0, 12, 2)]
-
-    def write_layout(self) -> None:
-        self.run.store.create_array(ARRAY, shape=(12,), chunks=(2,), dtype="float32", dimensions=("i",))
-
-    def open(self) -> Callable[[SliceRange], Result]:
-        return self._square
-
-    def tries(self, start: int) -> int:
-        return len(list(self.attempts.glob(f"{start}-*")))
-
-    def _square(self, key: SliceRange) -> Result:
-        before = self.tries(key.start)
-        (self.attempts / f"{key.start}-{before}-{os.getpid()}-{time.monotonic_ns()}").touch()
-        trouble = self.trouble.get(key.start, "")
-        if trouble == "value":
-            raise ValueError("expected a number that can be squared")
-        if trouble == "always":
-            raise RuntimeError("the device is lost")
-        if trouble == "once" and before == 0:
-            raise RuntimeError("a glitch")
-        if trouble == "killed once" and before == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if trouble == "hangs once" and before == 0:
-            time.sleep(60)
-        values = np.arange(key.start, key.stop, dtype=np.float32) ** 2
-        self.run.store.write(ARRAY, (slice(key.start, key.stop),), values)
-        return {"sum": float(values.sum())}
 
 
 @dataclass(frozen=True)
@@ -117,7 +74,7 @@ def test_damage_is_computed_again_and_nothing_else(run: Run, attempts: Path) -> 
 
 
 def test_an_error_names_stage_and_key_and_keeps_what_was_done(run: Run, attempts: Path) -> None:
-    stage = Square(run, attempts, {4: "value"})
+    stage = Square(run, attempts, {4: "value always"})
     with pytest.raises(ValueError, match="expected a number that can be squared") as caught:
         _complete(stage, execute_serially)
     assert caught.value.__notes__ == ["in stage square, key 000004-000006"]
@@ -133,7 +90,7 @@ def test_receipts_of_another_configuration_do_not_count(run: Run, attempts: Path
 
 @pytest.mark.ray
 def test_the_pool_does_every_key_and_survives_what_happens(local_cluster: str, run: Run, attempts: Path) -> None:
-    stage = Square(run, attempts, {2: "once", 6: "killed once"})
+    stage = Square(run, attempts, {2: "error", 6: "killed"})
     events = _complete_on_ray(stage)
     assert events[-1].done == events[-1].total == 6
     assert np.array_equal(run.store.read(ARRAY), EXPECTED)
@@ -146,7 +103,7 @@ def test_the_pool_does_every_key_and_survives_what_happens(local_cluster: str, r
 @pytest.mark.ray
 def test_a_hung_key_goes_to_another_worker(local_cluster: str, run: Run, attempts: Path) -> None:
     hasty = Run(run.store, build_config("demo", None, ["resources.lease_seconds=3"]))
-    stage = Square(hasty, attempts, {4: "hangs once"})
+    stage = Square(hasty, attempts, {4: "hangs"})
     started = time.monotonic()
     _complete_on_ray(stage)
     assert np.array_equal(run.store.read(ARRAY), EXPECTED)
@@ -158,7 +115,7 @@ def test_a_hung_key_goes_to_another_worker(local_cluster: str, run: Run, attempt
 def test_failed_keys_are_listed_with_their_reasons_and_the_others_done(
     local_cluster: str, run: Run, attempts: Path
 ) -> None:
-    stage = Square(run, attempts, {0: "value", 8: "always"})
+    stage = Square(run, attempts, {0: "value always", 8: "error always"})
     with pytest.raises(StageError) as caught:
         _complete_on_ray(stage)
     message = str(caught.value)
@@ -173,7 +130,7 @@ def test_failed_keys_are_listed_with_their_reasons_and_the_others_done(
 def test_keys_in_order_go_on_in_one_task_and_after_a_kill_in_another(
     local_cluster: str, run: Run, attempts: Path
 ) -> None:
-    stage = Chain(run, attempts, {6: "killed once"})
+    stage = Chain(run, attempts, {6: "killed"})
     events = _complete_on_ray(stage)
     done = [event.key for event in events if event.kind == "done"]
     assert done == [str(SliceRange(start, start + 2)) for start in range(0, 12, 2)]

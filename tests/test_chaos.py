@@ -1,0 +1,262 @@
+"""Minutes of kills, lost nodes and growing clusters, with real processes: ``pytest -m chaos``.
+
+Clusters of several nodes need a process of their own each: a process has one connection to Ray.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_cli import ROOT, arrays_and_tables, drive, started_times
+
+from ray_tracin.runs import Run
+
+pytestmark = pytest.mark.chaos
+
+KILLS = 22
+
+
+def test_a_driver_killed_at_random_moments_ends_with_the_same_bits(
+    tiny_run: Run, patients: Path, tmp_path: Path
+) -> None:
+    """One moment in each of 22 equal shares of the run's keys, so that they spread over all stages."""
+    run, random = tmp_path / "run", np.random.default_rng(5)
+    finished = started_times(Path(tiny_run.uri))
+    shares = np.linspace(0, len(finished) - 2, KILLS + 1).astype(int)
+    kept: dict[str, float] = {}
+    again, killed_in = 0, []
+    for least, most in pairwise(shares):
+        driver = drive(run, patients)
+        _wait_for(partial(_has_receipts_or_ended, run, int(random.integers(least, max(most, least + 1))), driver), 150)
+        time.sleep(random.uniform(0, 0.3))
+        assert driver.poll() is None, driver.communicate()[1]
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+        now = started_times(run)
+        again += sum(now.get(key) != value for key, value in kept.items())
+        killed_in.append(max(now, key=lambda key: now[key]).split("/")[0] if now else "")
+        kept = now
+    driver = drive(run, patients)
+    _, errors = driver.communicate(timeout=240)
+    assert driver.returncode == 0, errors
+    assert again == 0, "finished keys were computed again"
+    assert len(set(killed_in)) >= 8, killed_in
+    assert started_times(run).keys() == finished.keys()
+    assert arrays_and_tables(run) == arrays_and_tables(Path(tiny_run.uri))
+
+
+def _has_receipts_or_ended(run: Path, count: int, driver: "subprocess.Popen[str]") -> bool:
+    found = [path for path in (run / "receipts").glob("**/*.json") if path.parent.name != "events"]
+    return (len(found) >= count and (run / "receipts").is_dir()) or driver.poll() is not None
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the run stands still"
+        time.sleep(0.01)
+
+
+def in_a_process(script: str, *arguments: object, seconds: float = 240, **environment: str) -> dict[str, Any]:
+    """The last line that a script prints, as JSON; the whole group is ended in the end."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path, "RAY_AUTH_MODE": "disabled", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, errors = process.communicate(timeout=seconds)
+        assert process.returncode == 0, errors[-4000:]
+        return dict(json.loads(out.splitlines()[-1]))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+NODES = """
+import json, logging, sys, threading, time
+from pathlib import Path
+import numpy as np, ray
+from ray.cluster_utils import Cluster
+from faulty import ARRAY, Square
+from ray_tracin.config import build_config
+from ray_tracin.costs import collect_events
+from ray_tracin.runs import Run, start_run
+from ray_tracin.runtime import RayExecutor
+from ray_tracin.stages import complete
+
+folder, disturbed = Path(sys.argv[1]), sys.argv[2] == "disturbed"
+folder.mkdir()
+(folder / "attempts").mkdir()
+small = dict(object_store_memory=80 << 20)
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, include_dashboard=False, **small))
+nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
+ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+run = start_run(folder / "run", preset="demo", overrides=["resources.lease_seconds=20"])
+stage = Square(run, folder / "attempts", length=80, seconds=0.75)
+seen, started = [], time.monotonic()
+
+def listen(event):
+    if event.kind != "done":
+        return
+    seen.append(len(stage.processes()))
+    if disturbed and event.done == 8:
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        cluster.add_node(num_cpus=1, **small)
+
+with RayExecutor(elastic=True) as pool:
+    complete(stage, pool, listen)
+seconds = time.monotonic() - started
+events = collect_events(run, [stage.name])
+print(json.dumps({
+    "seconds": seconds,
+    "same": bool(np.array_equal(run.store.read(ARRAY), stage.expected())),
+    "extra": stage.tries() - len(stage.keys()),
+    "counted": int((events.outcome != "done").sum()),
+    "processes": len(stage.processes()),
+}))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_a_node_is_lost_and_another_comes(tmp_path: Path) -> None:
+    calm = in_a_process(NODES, tmp_path / "calm", "calm")
+    assert (calm["same"], calm["extra"], calm["counted"], calm["processes"]) == (True, 0, 0, 2)
+    disturbed = in_a_process(NODES, tmp_path / "disturbed", "disturbed")
+    assert disturbed["same"]
+    assert disturbed["processes"] == 3, "the new node has a worker"
+    assert disturbed["extra"] <= 2, "what the lost worker had in hand"
+    assert disturbed["counted"] == disturbed["extra"] or disturbed["counted"] == 1
+    assert disturbed["seconds"] <= 2 * calm["seconds"], (disturbed, calm)
+
+
+AUTOSCALED = """
+import json, logging, os, sys, threading, time
+from pathlib import Path
+import numpy as np, ray
+from faulty import ARRAY, GpuSquare
+from ray_tracin.runs import start_run
+from ray_tracin.runtime import RayExecutor
+from ray_tracin.stages import complete
+
+folder = Path(sys.argv[1])
+(folder / "attempts").mkdir()
+ray.init(address=sys.argv[2], log_to_driver=False, logging_level=logging.ERROR)
+gpus = lambda: sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
+before = gpus()
+run = start_run(folder / "run", preset="demo", overrides=["resources.device=cuda"])
+stage = GpuSquare(run, folder / "attempts", length=120, seconds=1.0)
+seen = []
+with RayExecutor(elastic=True) as pool:
+    complete(stage, pool, lambda event: seen.append(gpus()))
+deadline = time.monotonic() + 90
+while gpus() and time.monotonic() < deadline:
+    time.sleep(0.5)
+print(json.dumps({
+    "before": before, "most": max(seen), "after": gpus(), "extra": stage.tries() - len(stage.keys()),
+    "same": bool(np.array_equal(run.store.read(ARRAY), stage.expected())), "processes": len(stage.processes()),
+}))
+"""
+
+FAKE_PROVIDER = {
+    "cluster_name": "fake",
+    "max_workers": 3,
+    "upscaling_speed": 10,
+    "idle_timeout_minutes": 0.1,
+    "provider": {
+        "type": "external",
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+        "foreground_node_launch": True,
+        "head_node_id": "f" * 51 + "00000",
+        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "launch_multiple": True,
+    },
+    "available_node_types": {
+        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "gpu": {
+            "resources": {"CPU": 1, "GPU": 1, "object_store_memory": 100_000_000},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": 3,
+        },
+    },
+    "head_node_type": "head",
+    "auth": {},
+    "file_mounts": {},
+    "cluster_synced_files": [],
+    "file_mounts_sync_continuously": False,
+    "rsync_exclude": [],
+    "rsync_filter": [],
+    "initialization_commands": [],
+    "setup_commands": [],
+    "head_setup_commands": [],
+    "worker_setup_commands": [],
+    "head_start_ray_commands": [],
+    "worker_start_ray_commands": [],
+    "docker": {},
+}
+
+
+def test_the_cluster_grows_from_no_gpu_to_three_and_back(tmp_path: Path) -> None:
+    """The autoscaler's own fake provider starts real raylets; the demand is the pool's, nothing else asks."""
+    config = tmp_path / "fake.yaml"
+    config.write_text(json.dumps(FAKE_PROVIDER))  # JSON is YAML.
+    port = 20000 + os.getpid() % 10000
+    head_id = FAKE_PROVIDER["provider"]["head_node_id"]  # type: ignore[index]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=0"]
+    head = subprocess.Popen(
+        [*command, f"--port={port}", f"--autoscaling-config={config}", f"--temp-dir=/tmp/ray-chaos-{os.getpid()}"],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_FAKE_CLUSTER": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": str(head_id),
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": str(head_id),
+        },
+        stdout=(tmp_path / "head.log").open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        _wait_for(lambda: "Ray runtime started" in (tmp_path / "head.log").read_text(), 60)
+        found = in_a_process(AUTOSCALED, tmp_path, f"127.0.0.1:{port}")
+    finally:
+        _end_tree(head)
+    assert found["same"]
+    assert (found["before"], found["most"], found["after"]) == (0, 3, 0), found
+    assert found["processes"] >= 3
+    assert found["extra"] == 0
+
+
+def _end_tree(process: "subprocess.Popen[Any]") -> None:
+    """End a process and what it started, wherever that has moved to."""
+    import psutil
+
+    children = psutil.Process(process.pid).children(recursive=True)
+    for child in [*children, psutil.Process(process.pid)]:
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()

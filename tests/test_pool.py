@@ -1,0 +1,184 @@
+"""The pool of actors: every key is done or listed with its reason, whatever happens to workers."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from faulty import ARRAY, Square
+
+from ray_tracin import attribution
+from ray_tracin.attribution import Differentiate
+from ray_tracin.config import build_config
+from ray_tracin.costs import collect_events
+from ray_tracin.pipeline import Executors, run_to
+from ray_tracin.planning import plan_of
+from ray_tracin.runs import Run, start_run
+from ray_tracin.runtime import RayExecutor, refuse_nodes_without_memory
+from ray_tracin.stages import Event, StageError, complete, done_receipts, execute_serially, halving
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_cluster")]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return start_run(tmp_path / "run", preset="demo")
+
+
+@pytest.fixture
+def attempts(tmp_path: Path) -> Path:
+    folder = tmp_path / "attempts"
+    folder.mkdir()
+    return folder
+
+
+def on_ray(stage: Any, *, elastic: bool = False) -> list[Event]:
+    events: list[Event] = []
+    with RayExecutor(elastic=elastic) as execute:
+        complete(stage, execute, events.append)
+    return events
+
+
+def test_every_attempt_is_counted_with_its_reason(run: Run, attempts: Path) -> None:
+    stage = Square(run, attempts, {2: "error", 6: "killed", 8: "memory"})
+    events = on_ray(stage)
+    assert np.array_equal(run.store.read(ARRAY), stage.expected())
+    again = {event.key: event.detail for event in events if event.kind == "again"}
+    assert again["000002-000004"] == "error: RuntimeError: the device is lost"
+    assert again["000006-000008"] == "lost: its worker's process died: killed, crashed, or out of memory"
+    assert "MemoryError" in again["000008-000010"]
+    table = collect_events(run, [stage.name]).set_index(["key", "attempt"])
+    assert list(table.loc["000002-000004", "outcome"]) == ["error", "done"]
+    assert list(table.loc["000006-000008", "outcome"]) == ["lost", "done"]
+    assert len(table) == stage.tries()
+    done = table[table.outcome == "done"]
+    assert (done.peak_memory > 50 << 20).all()
+    assert set(done.device) == {"cpu"}
+    assert set(done.process) <= stage.processes()
+
+
+def test_a_key_that_always_ends_its_worker_is_given_up_and_the_others_are_done(run: Run, attempts: Path) -> None:
+    stage = Square(run, attempts, {4: "killed always"})
+    with pytest.raises(StageError) as caught:
+        on_ray(stage)
+    assert "1 of 6 keys failed, the others are done and kept" in str(caught.value)
+    assert "000004-000006: its worker's process died: killed, crashed, or out of memory" in str(caught.value)
+    assert len(done_receipts(stage)) == 5
+    assert stage.tries(4) == 3
+
+
+def test_a_key_that_hangs_with_the_only_worker_is_tried_with_a_new_one(run: Run, attempts: Path) -> None:
+    alone = Run(run.store, build_config("demo", None, ["resources={lease_seconds: 2, workers: 1}"]))
+    stage = Square(alone, attempts, {4: "hangs"})
+    events = on_ray(stage)
+    assert np.array_equal(run.store.read(ARRAY), stage.expected())
+    assert [event.detail for event in events if event.kind == "again"] == [
+        "hung: did not finish within twice the lease of 2 s (resources.lease_seconds)"
+    ]
+    assert stage.tries() == 7
+
+
+@pytest.mark.slow
+def test_a_key_that_takes_far_longer_than_others_is_given_to_an_idle_worker_too(run: Run, attempts: Path) -> None:
+    stage = Square(run, attempts, {0: "hangs"}, seconds=0.1)  # The lease is ten minutes.
+    started = time.monotonic()
+    events = on_ray(stage)
+    assert np.array_equal(run.store.read(ARRAY), stage.expected())
+    assert time.monotonic() - started < 60
+    assert (stage.tries(0), stage.tries()) == (2, 7)
+    assert [event.detail for event in events if event.kind == "again"] == ["copy: another worker was first"]
+
+
+def test_the_object_store_stays_empty(run: Run, attempts: Path) -> None:
+    on_ray(Square(run, attempts, length=80))
+    used = ray._private.internal_api.memory_summary(stats_only=True)
+    assert "Plasma memory usage 0 MiB, 0 objects" in used, used
+
+
+def test_keys_of_a_table_that_fail_leave_the_others_done(run: Run, attempts: Path) -> None:
+    from ray_tracin.datasets import execute_on_ray_data
+
+    stage = Square(run, attempts, {0: "value always", 4: "error", 8: "error always"})
+    with pytest.raises(StageError) as caught:
+        complete(stage, execute_on_ray_data, lambda event: None)
+    assert "2 of 6 keys failed" in str(caught.value)
+    assert "000000-000002: expected a number that can be squared" in str(caught.value)
+    assert [stage.tries(start) for start in (0, 2, 4, 6, 8)] == [1, 1, 2, 1, 3]
+    assert len(done_receipts(stage)) == 4
+
+
+def test_nodes_without_the_memory_of_the_plan_are_refused(run: Run, attempts: Path) -> None:
+    stage = Square(run, attempts)
+    with pytest.raises(ValueError, match=r"a worker may need 1048576.00 GiB, and the node with the most memory has"):
+        refuse_nodes_without_memory(stage, {"num_cpus": 1}, 1 << 50)
+    refuse_nodes_without_memory(stage, {"num_cpus": 1}, 1 << 20)
+    refuse_nodes_without_memory(stage, {"num_gpus": 1, "num_cpus": 0}, 1 << 50)  # None is there yet.
+
+
+# Memory
+
+
+def test_a_batch_is_halved_until_it_fits_for_real() -> None:
+    """The process may not have more than a batch of two takes."""
+    sizes = []
+
+    def work(size: int) -> int:
+        sizes.append(size)
+        if size > 2:
+            torch.empty(1 << 50, dtype=torch.uint8)  # More than any address space has: the allocator refuses.
+        return 10 * size
+
+    assert halving(work, 8) == (20, 2)
+    assert sizes == [8, 4, 2]
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        halving(lambda size: torch.empty(1 << 50, dtype=torch.uint8), 4)
+    with pytest.raises(RuntimeError, match="another"):
+        halving(lambda size: (_ for _ in ()).throw(RuntimeError("another")), 4)
+
+
+def test_gradients_in_halved_batches_are_the_same(
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Differentiate(tiny_run, tiny_run.config.influence_epochs())
+    work, key = stage.open(), stage.keys()[0]
+    path, rows = attribution.gradients_path(key.epoch, key.query_set), (slice(key.start, key.stop), slice(0, 1000))
+    before = tiny_run.store.read(path, rows)
+    original = attribution._GradientWork._batch
+
+    def short_of_memory(self: Any, *arguments: Any) -> Any:
+        if arguments[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(attribution._GradientWork, "_batch", short_of_memory)
+    work(key)
+    assert work._step == 2  # type: ignore[attr-defined]
+    np.testing.assert_allclose(tiny_run.store.read(path, rows), before, rtol=1e-4, atol=1e-7)
+    monkeypatch.undo()
+    stage.open()(key)  # The fixture's bytes as they were.
+    assert np.array_equal(tiny_run.store.read(path, rows), before)
+
+
+def test_workers_take_no_more_memory_than_planned(tiny_run: Run, patients: Path, tmp_path: Path) -> None:
+    run = start_run(tmp_path / "run", preset="demo", overrides=tiny_settings(patients))
+    with RayExecutor() as pool:
+        run_to(run, "influence", Executors(pool, execute_serially), lambda event: None)
+    plan = plan_of(run)
+    planned = {
+        "gradients": plan.gradient_worker_bytes,
+        "tiles": plan.tile_worker_bytes,
+        "influence": plan.stripe_worker_bytes,
+    }
+    events = run.table("events")
+    for stage, most in planned.items():
+        peak = events.loc[events.stage == stage, "peak_memory"].max()
+        assert 0.2 * most < peak <= max(planned.values()), (stage, peak, most)
+
+
+def tiny_settings(patients: Path) -> list[str]:
+    from conftest import TINY
+
+    return [*TINY, f"data.root={patients}"]
