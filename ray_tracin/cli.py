@@ -287,8 +287,9 @@ def _complete(run: Run, step: str, listen: Listener, kind: str) -> None:
 
 
 def _status_table(lines: Sequence[StageStatus]) -> Table:
-    columns = ("stage", "done", "of", "per min", "left, s", "again", "worker, s", "GiB", "freed")
-    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for column in ("stage", "done", "of", "per min", "left, s", "again", "worker, s", "GiB", "freed"):
+        table.add_column(column, no_wrap=True)
     for line in lines:
         cost, left = line.cost, line.seconds_left
         table.add_row(
