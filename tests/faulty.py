@@ -43,7 +43,7 @@ class Square(Stage[SliceRange]):
         """Attempts at a key, or at all of them."""
         return len(list(self.attempts.glob("*-*" if start is None else f"{start}-*")))
 
-    def processes(self) -> set[int]:
+    def workers_seen(self) -> set[int]:
         """The processes that attempted anything."""
         return {int(path.name.split("-")[2]) for path in self.attempts.iterdir()}
 

@@ -114,7 +114,7 @@ seen, started = [], time.monotonic()
 def listen(event):
     if event.kind != "done":
         return
-    seen.append(len(stage.processes()))
+    seen.append(len(stage.workers_seen()))
     if disturbed and event.done == 8:
         cluster.remove_node(nodes[0], allow_graceful=False)
         cluster.add_node(num_cpus=1, **small)
@@ -128,7 +128,7 @@ print(json.dumps({
     "same": bool(np.array_equal(run.store.read(ARRAY), stage.expected())),
     "extra": stage.tries() - len(stage.keys()),
     "counted": int((events.outcome != "done").sum()),
-    "processes": len(stage.processes()),
+    "processes": len(stage.workers_seen()),
 }))
 ray.shutdown()
 cluster.shutdown()
@@ -170,7 +170,7 @@ while gpus() and time.monotonic() < deadline:
     time.sleep(0.5)
 print(json.dumps({
     "before": before, "most": max(seen), "after": gpus(), "extra": stage.tries() - len(stage.keys()),
-    "same": bool(np.array_equal(run.store.read(ARRAY), stage.expected())), "processes": len(stage.processes()),
+    "same": bool(np.array_equal(run.store.read(ARRAY), stage.expected())), "processes": len(stage.workers_seen()),
 }))
 """
 

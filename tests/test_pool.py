@@ -57,7 +57,7 @@ def test_every_attempt_is_counted_with_its_reason(run: Run, attempts: Path) -> N
     done = table[table.outcome == "done"]
     assert (done.peak_memory > 50 << 20).all()
     assert set(done.device) == {"cpu"}
-    assert set(done.process) <= stage.processes()
+    assert set(done.process) <= stage.workers_seen()
 
 
 def test_a_key_that_always_ends_its_worker_is_given_up_and_the_others_are_done(run: Run, attempts: Path) -> None:
