@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from test_cli import ROOT, arrays_and_tables, drive, started_times
 
@@ -81,11 +82,10 @@ def in_a_process(script: str, *arguments: object, seconds: float = 240, **enviro
     )
     try:
         out, errors = process.communicate(timeout=seconds)
-        assert process.returncode == 0, errors[-4000:]
-        return dict(json.loads(out.splitlines()[-1]))
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _end_tree(process)
+    assert process.returncode == 0, errors[-4000:]
+    return dict(json.loads(out.splitlines()[-1]))
 
 
 NODES = """
@@ -190,7 +190,7 @@ FAKE_PROVIDER = {
         "launch_multiple": True,
     },
     "available_node_types": {
-        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "gpu": {
             "resources": {"CPU": 1, "GPU": 1, "object_store_memory": 100_000_000},
             "node_config": {},
@@ -198,7 +198,7 @@ FAKE_PROVIDER = {
             "max_workers": 3,
         },
     },
-    "head_node_type": "head",
+    "head_node_type": "ray.head.default",
     "auth": {},
     "file_mounts": {},
     "cluster_synced_files": [],
@@ -250,13 +250,12 @@ def test_the_cluster_grows_from_no_gpu_to_three_and_back(tmp_path: Path) -> None
 
 
 def _end_tree(process: "subprocess.Popen[Any]") -> None:
-    """End a process and what it started, wherever that has moved to."""
-    import psutil
-
-    children = psutil.Process(process.pid).children(recursive=True)
-    for child in [*children, psutil.Process(process.pid)]:
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
+    """End a process and all that it started: those in sessions of their own, and those that it has left behind."""
+    mine = process.pid
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(mine).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(mine, signal.SIGKILL)
     process.wait()
