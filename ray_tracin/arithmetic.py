@@ -8,14 +8,13 @@ that is float32.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-Precision = Literal["float32", "tf32", "bfloat16"]
+from ray_tracin.vocabulary import Precision
 
 
 @contextmanager

@@ -11,11 +11,12 @@ import pandas as pd
 import torch
 
 from ray_tracin import store as paths
-from ray_tracin.attribution import blocks, region_exists, tiles_path
+from ray_tracin.attribution import region_exists
 from ray_tracin.influence import sum_checkpoints, train_columns, without_absent
 from ray_tracin.runs import Run
 from ray_tracin.stages import Result, Stage
 from ray_tracin.store import Array
+from ray_tracin.tiling import blocks, tiles_path
 from ray_tracin.vocabulary import QuerySet, Stripe
 
 

@@ -1,13 +1,10 @@
-"""The stages that make the kernels: gradient shards, and the tiles that are their products.
+"""The stage that takes gradients: packed rows of slices, made a shard at a time, and kept in ``gradients.zarr``.
 
 ``gradients.zarr`` (documented here, its owner) holds a group a checkpoint, ``epoch_NN``, with an array for each query
 set: (slice, value), one Zarr shard a gradient shard, float32 or bfloat16 (as uint16, attribute ``logical_dtype``). A
 row holds everything needed for the region gradients of one slice, all classes: the group's attribute ``layout`` says
 which values belong to which layer, and whether they are its gradients or the factors that its gradients are products
 of. ``slices`` of each array lists the rows of ``slices.zarr``.
-
-``tiles.zarr`` holds the kernels as they are computed, blocks of slices against blocks of slices. Of the symmetric
-train–train kernel only the blocks on and above the diagonal exist. `assembly` puts them into ``influence.zarr``.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,39 +15,28 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ray_tracin import store as paths
 from ray_tracin.gradients import NonFiniteGradientError, RegionDifferentiator
-from ray_tracin.influence import tile_kernel
-from ray_tracin.layers import Layout, Segment
 from ray_tracin.mapping import mask_path
 from ray_tracin.regions import whole_slices
 from ray_tracin.runs import FINAL, Run, pick_device
 from ray_tracin.stages import Result, Stage, halving
 from ray_tracin.store import Array
 from ray_tracin.unet import HEAD
-from ray_tracin.vocabulary import GradientShard, QuerySet, Tile, checkpoint_name, ranges
+from ray_tracin.vocabulary import GradientShard, QuerySet, checkpoint_name, ranges
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Of packed rows, by the names in the configuration."""
 INNER_CHUNK_VALUES = 1 << 15
 """Values of a slice in one inner chunk of a gradient shard."""
-READ_VALUES = 1 << 17
-"""Values of a slice that a tile worker reads at a time, if a layer doesn't have more."""
-EXPANDED_VALUES = 1 << 22
-"""Gradient values that a tile worker expands at a time, per side; more is no faster."""
-
-LEAST_EXPANDED_VALUES = 1 << 16
-"""The fewest that it expands at a time, where memory is short."""
 
 
 def gradients_path(epoch: int, query_set: QuerySet) -> str:
     """Where the gradient shards of a query set at a checkpoint are."""
     return f"{paths.GRADIENTS}/{checkpoint_name(epoch)}/{query_set}"
-
-
-def tiles_path(epoch: int, query_set: QuerySet) -> str:
-    """Where the tiles of a query set at a checkpoint are."""
-    return f"{paths.TILES}/{checkpoint_name(epoch)}/{query_set}"
 
 
 def needed_sets(run: Run) -> tuple[QuerySet, ...]:
@@ -108,7 +94,16 @@ class Differentiate(Stage[GradientShard]):
 
     def open(self) -> Callable[[GradientShard], Result]:
         """Differentiate the slices of a shard and write it."""
-        return _GradientWork(self.run)
+        return partial(_write_shard, self.run, ShardDifferentiator(self.run))
+
+
+def _write_shard(run: Run, make: "ShardDifferentiator", key: GradientShard) -> dict[str, Any]:
+    rows, regions = make(key)
+    values = stored(rows.cpu())
+    run.store.write(
+        gradients_path(key.epoch, key.query_set), (slice(key.start, key.stop), slice(0, values.shape[1])), values
+    )
+    return {"regions": regions}
 
 
 def differentiator(run: Run, epoch: int, device: torch.device) -> RegionDifferentiator:
@@ -120,32 +115,35 @@ def differentiator(run: Run, epoch: int, device: torch.device) -> RegionDifferen
         parameters=run.config.gradients.parameters,
         example=torch.zeros((len(run.modalities), size, size), device=device),
         classes=len(run.classes),
+        precision=run.config.gradients.precision,
     )
 
 
-class _GradientWork:
-    """Keeps the network of the checkpoint at hand between keys."""
+class ShardDifferentiator:
+    """Makes the rows of gradient shards, and keeps the network of the checkpoint at hand between them.
+
+    A row is the same bits whoever makes it: shards fix which slices go through the network together.
+    """
 
     def __init__(self, run: Run) -> None:
         torch.set_num_threads(run.config.resources.threads)
+        self.device = pick_device(run)
         self._run = run
-        self._device = pick_device(run)
         self._epoch = -1
         self._step = run.config.resources.batch_slices
 
-    def __call__(self, key: GradientShard) -> Result:
+    def __call__(self, key: GradientShard) -> tuple[Float[Tensor, "slice value"], int]:
+        """The packed rows of a shard, on the device and in the precision of shards, and how many regions they have."""
         rows = self._run.query_slices(key.query_set)[key.start : key.stop]
         images, labels, masks = self._inputs(rows, key.epoch)
         self._open_checkpoint(key.epoch, images, labels, masks)
-        parts, start = [], 0
+        parts: list[Tensor] = []
+        start = 0
         while start < len(rows):
             part, self._step = halving(partial(self._batch, key, rows, images, labels, masks, start), self._step)
-            parts.append(part)
+            parts.append(part.to(DTYPES[self._run.config.gradients.dtype]))
             start += len(part)
-        values = stored(torch.cat(parts), self._run.config.gradients.dtype)
-        whole = (slice(key.start, key.stop), slice(0, values.shape[1]))
-        self._run.store.write(gradients_path(key.epoch, key.query_set), whole, values)
-        return {"regions": int(masks.flatten(2).any(2).sum())}
+        return torch.cat(parts), int(masks.flatten(2).any(2).sum())
 
     def _inputs(self, rows: Sequence[int], epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         run = self._run
@@ -158,12 +156,12 @@ class _GradientWork:
     def _open_checkpoint(self, epoch: int, images: Tensor, labels: Tensor, masks: Tensor) -> None:
         if epoch == self._epoch:
             return
-        self._engine = differentiator(self._run, epoch, self._device)
+        self._engine = differentiator(self._run, epoch, self.device)
         self._epoch = epoch
         # The proof that no parameter is left out costs one backward of one slice; the richest slice proves most.
         best = int(masks.flatten(2).any(2).sum(1).argmax())
         chosen = slice(best, best + 1)
-        self._engine.check(*(part[chosen].to(self._device) for part in (images, labels, masks)))
+        self._engine.check(*(part[chosen].to(self.device) for part in (images, labels, masks)))
 
     def _batch(
         self,
@@ -175,9 +173,9 @@ class _GradientWork:
         start: int,
         count: int,
     ) -> Tensor:
-        batch = (part[start : start + count].to(self._device) for part in (images, labels, masks))
+        batch = (part[start : start + count].to(self.device) for part in (images, labels, masks))
         try:
-            return self._engine.differentiate(*batch).values.cpu()
+            return self._engine.differentiate(*batch).values
         except NonFiniteGradientError as error:
             where = self._run.slices.set_index("slice").loc[rows[start + error.position]]
             raise ValueError(
@@ -187,17 +185,15 @@ class _GradientWork:
             ) from error
 
 
-def stored(values: Tensor, dtype: str) -> Array:
-    """Gradient values as they are stored: float32, or bfloat16 bits in uint16 (Zarr has no bfloat16)."""
-    if dtype == "float32":
-        return np.asarray(values.float().numpy())
-    return np.asarray(values.to(torch.bfloat16).view(torch.uint16).numpy())
+def stored(rows: Tensor) -> Array:
+    """Packed rows as they are stored: float32, or bfloat16 bits in uint16 (Zarr has no bfloat16)."""
+    return np.asarray((rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy())
 
 
 def restored(values: Array, dtype: str) -> Tensor:
-    """The tensor that `stored` wrote, still in its stored precision."""
+    """The tensor that `stored` made an array of."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
-    return tensor if dtype == "float32" else tensor.view(torch.bfloat16)
+    return tensor.view(torch.bfloat16) if DTYPES[dtype] == torch.bfloat16 else tensor
 
 
 def _rows_of(run: Run, path: str, rows: Sequence[int]) -> Tensor:
@@ -206,106 +202,3 @@ def _rows_of(run: Run, path: str, rows: Sequence[int]) -> Tensor:
     shape = run.store.array(path).shape
     block = run.store.read(path, (slice(low, high), *(slice(0, length) for length in shape[1:])))
     return torch.from_numpy(block[np.asarray(rows) - low])
-
-
-def blocks(run: Run, query_set: QuerySet) -> list[tuple[int, int]]:
-    """The blocks of positions of a query set that tiles are made of."""
-    return ranges(len(run.query_slices(query_set)), run.config.influence.tile_slices)
-
-
-@dataclass(frozen=True)
-class ComputeTiles(Stage[Tile]):
-    """Multiply gradients with gradients: the kernels of the checkpoints, a tile a key."""
-
-    epochs: tuple[int, ...]
-    name: ClassVar[str] = "tiles"
-    uses_gpu: ClassVar[bool] = True
-
-    def keys(self) -> Sequence[Tile]:
-        """Every tile; of the symmetric train–train kernel those on and above the diagonal."""
-        train = range(len(blocks(self.run, "train")))
-        return [
-            Tile(epoch, name, query, other)
-            for epoch in self.epochs
-            for name in self.run.query_sets
-            for query in range(len(blocks(self.run, name)))
-            for other in train
-            if name != "train" or query <= other
-        ]
-
-    def write_layout(self) -> None:
-        """Create the arrays of every influence checkpoint."""
-        run, side, classes = self.run, self.run.config.influence.tile_slices, len(self.run.classes)
-        train = len(blocks(run, "train"))
-        for epoch in run.config.influence_epochs():
-            for name in run.query_sets:
-                queries = len(blocks(run, name))
-                run.store.create_array(
-                    tiles_path(epoch, name),
-                    shape=(queries, train, classes, side, classes, side),
-                    chunks=(1, 1, classes, side, classes, side),
-                    dtype="float32",
-                    dimensions=("query_block", "train_block", "query_class", "query", "train_class", "train"),
-                )
-                run.store.create_array(
-                    f"{tiles_path(epoch, name)}_norm2",
-                    shape=(queries, classes, side),
-                    chunks=(1, classes, side),
-                    dtype="float32",
-                    dimensions=("query_block", "query_class", "query"),
-                )
-
-    def open(self) -> Callable[[Tile], Result]:
-        """Read the shards of both sides, layer by layer, and write the tile."""
-        torch.set_num_threads(self.run.config.resources.threads)
-        device = pick_device(self.run)
-        return lambda key: _compute_tile(self.run, key, device)
-
-
-def _compute_tile(run: Run, key: Tile, device: torch.device) -> dict[str, Any]:
-    query_rows = blocks(run, key.query_set)[key.query_block]
-    train_rows = blocks(run, "train")[key.train_block]
-    layout = stored_layout(run, key.epoch)
-    same = key.query_set == "train" and key.query_block == key.train_block
-    query = _SegmentReader(run, key.epoch, key.query_set, query_rows, layout.values, device)
-    train = None if same else _SegmentReader(run, key.epoch, "train", train_rows, layout.values, device)
-    (kernel, norm2), _ = halving(
-        lambda values: tile_kernel(layout, query, train, chunk_values=values), EXPANDED_VALUES, LEAST_EXPANDED_VALUES
-    )
-    side = run.config.influence.tile_slices
-    path, block = tiles_path(key.epoch, key.query_set), slice(key.query_block, key.query_block + 1)
-    other = slice(key.train_block, key.train_block + 1)
-    padded = _padded(kernel.cpu().numpy(), side, axes=(1, 3))[None, None]
-    run.store.write(path, (block, other, *(slice(0, length) for length in padded.shape[2:])), padded)
-    if key.train_block == (key.query_block if key.query_set == "train" else 0):
-        norms = _padded(norm2.cpu().numpy(), side, axes=(1,))[None]
-        run.store.write(f"{path}_norm2", (block, *(slice(0, length) for length in norms.shape[1:])), norms)
-    return {}
-
-
-def stored_layout(run: Run, epoch: int) -> Layout:
-    """What the values of a gradient shard are."""
-    return Layout.from_json(run.store.attributes(f"{paths.GRADIENTS}/{checkpoint_name(epoch)}")["layout"])
-
-
-class _SegmentReader:
-    """Reads the values of a layer after another, many layers at a time: a chunk on disk holds several small ones."""
-
-    def __init__(
-        self, run: Run, epoch: int, query_set: QuerySet, rows: tuple[int, int], values: int, device: torch.device
-    ) -> None:
-        self._run, self._path = run, gradients_path(epoch, query_set)
-        self._rows, self._values, self._device = slice(*rows), values, device
-        self._start, self._held = 0, torch.empty((rows[1] - rows[0], 0))
-
-    def __call__(self, segment: Segment) -> Tensor:
-        if not (self._start <= segment.offset and segment.stop <= self._start + self._held.shape[1]):
-            stop = min(max(segment.stop, segment.offset + READ_VALUES), self._values)
-            block = self._run.store.read(self._path, (self._rows, slice(segment.offset, stop)))
-            self._start, self._held = segment.offset, restored(block, self._run.config.gradients.dtype)
-        return self._held[:, segment.offset - self._start : segment.stop - self._start].to(self._device)
-
-
-def _padded(values: Array, side: int, axes: Sequence[int]) -> Array:
-    widths = [(0, side - length if axis in axes else 0) for axis, length in enumerate(values.shape)]
-    return np.pad(values, widths, constant_values=np.nan)

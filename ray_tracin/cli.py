@@ -23,7 +23,7 @@ from ray_tracin.figures import DrawFigures, draw_explanation
 from ray_tracin.labelmaps import export_label_maps
 from ray_tracin.phantom import Edition
 from ray_tracin.pipeline import STEPS, Executors, StageStatus, is_prepared, run_to, status, verify
-from ray_tracin.planning import Plan, plan_run
+from ray_tracin.planning import measure, plan_run
 from ray_tracin.progress import progress
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor, cluster, write_phantoms
@@ -179,13 +179,19 @@ def plan_command(
     preset: PresetOption = None,
     overrides: SetOption = None,
     patients: Annotated[int | None, typer.Option(help="Number of patients, where there is no data yet.")] = None,
+    calibrated: Annotated[
+        bool,
+        typer.Option("--calibrate/--no-calibrate", help="Measure this machine, in five seconds, for the time."),
+    ] = True,
     debug: DebugOption = False,
 ) -> None:
     """Before anything runs: bytes, passes, arithmetic, memory of a worker, and which limit it would break."""
     with _failing_clearly(debug):
         with _configuring(debug):
             planned = plan_run(run, config=config, preset=preset, overrides=overrides or [], patients=patients)
-        _print_plan(planned)
+        _print_plan("Plan", planned.lines())
+        if calibrated:
+            _print_plan("Time, at the rates of this machine", planned.estimate(measure(planned, run)))
         if planned.problems:
             _fail("this would not fit:\n  " + "\n  ".join(planned.problems), 1)
 
@@ -323,9 +329,9 @@ def _ranking_table(found: RegionExplanation, name: str) -> Table:
     return table
 
 
-def _print_plan(planned: Plan) -> None:
-    table = Table("what", "how much", title="Plan")
-    for what, how_much in planned.lines():
+def _print_plan(title: str, lines: Sequence[tuple[str, str]]) -> None:
+    table = Table("what", "how much", title=title)
+    for what, how_much in lines:
         table.add_row(what, how_much)
     out.print(table)
 

@@ -14,6 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from ray_tracin.vocabulary import Precision
+
 FORMAT_VERSION = 1
 """Version of the run on disk; another one is refused."""
 
@@ -155,9 +157,15 @@ class GradientsConfig(Section):
     score: Literal["region", "image"] = "region"
     """Dice on the region (eq. 6) or on the whole slice (the terms of eq. 5)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the stored shards; products always accumulate in float32 or wider."""
+    """Of packed rows; products always accumulate in float32 or wider."""
+    precision: Precision = "float32"
+    """Of the operands that convolutions and products multiply: ``float32``, ``tf32`` (GPUs only; the same as float32 on
+    a CPU), ``bfloat16`` (of products; convolutions as with ``tf32``)."""
+    source: Literal["auto", "stored", "fused"] = speed_only("auto")
+    """Where tiles get their rows from: shards on disk, or the network, in memory (`fused`: no gradient touches a disk,
+    and blocks that don't fit are made again for every tile). ``auto``: what the plan finds cheaper."""
     shard_slices: PositiveInt = 16
-    """Slices of one gradient shard."""
+    """Slices of one gradient shard, which go through the network together."""
     keep: bool = speed_only(True)
     """Keep the shards of a checkpoint once its tiles are done."""
 
@@ -221,6 +229,8 @@ class ResourcesConfig(Section):
     """Slices that go through the network at once when gradients are taken."""
     memory_per_worker: Positive = speed_only(4.0)
     """GiB that one worker may use; the plan refuses what would need more."""
+    gpu_memory: Positive = speed_only(16.0)
+    """GiB of a GPU that one worker may use for the rows of a block."""
     lease_seconds: Positive = speed_only(600.0)
     """A key that takes longer than this (or 20 times the median) is given to another worker."""
     check: Literal["bytes", "sizes"] = speed_only("bytes")

@@ -26,8 +26,8 @@ Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]
 """Start and stop, a spatial axis each."""
 
-WINDOW_VALUES = 1 << 22
-"""Values of unfolded windows to hold at a time. Beyond the caches, unfolding more slices at once is slower."""
+WINDOW_VALUES = {"cpu": 1 << 22, "cuda": 1 << 28}
+"""Values of unfolded windows to hold at a time, by device. Beyond a CPU's caches, unfolding more at once is slower."""
 
 _WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
@@ -48,6 +48,11 @@ POINTWISE = Geometry(kernel=(1,), stride=(1,), dilation=(1,), padding=((0, 0),))
 """A linear layer: its leading axes, flattened, are the positions of a kernel of one pixel."""
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision that values of a stored one are multiplied and added in: float32, or float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def windows_of(geometry: Geometry, points: Box) -> Box:
     """The box of all that a box of points sees; where there is padding it reaches outside."""
     return tuple(
@@ -56,14 +61,16 @@ def windows_of(geometry: Geometry, points: Box) -> Box:
     )
 
 
-def points_of(geometry: Geometry, windows: Box, positions: Shape) -> Box:
-    """The box of the points, out of so many, that see something of a box of windows."""
-    return tuple(
+def points_of(geometry: Geometry, windows: Box, positions: Shape) -> Box | None:
+    """The box of the points, out of so many, that see something of a box of windows; None if none does."""
+    box = tuple(
         (max(0, -(-(start + before - step * (size - 1)) // stride)), min(count, (stop - 1 + before) // stride + 1))
         for ((start, stop), size, stride, step, (before, _)), count in zip(
             _axes(windows, geometry), positions, strict=True
         )
     )
+    # A stride can be longer than a kernel reaches.
+    return box if all(start < stop for start, stop in box) else None
 
 
 def _axes(box: Box, geometry: Geometry) -> Iterator[tuple[Any, ...]]:
@@ -73,13 +80,18 @@ def _axes(box: Box, geometry: Geometry) -> Iterator[tuple[Any, ...]]:
 def cut(values: Float[Tensor, "slice channel *space"], box: Box) -> Float[Tensor, "slice channel *box"]:
     """The values in a box; zeros where it reaches outside."""
     inside = clipped(box, values.shape[2:])
-    part = values[(..., *(slice(start, stop) for start, stop in inside))]
+    part = values[:, :, *slices(inside)]
     widths = [
         width
         for (start, stop), (first, last) in zip(reversed(box), reversed(inside), strict=True)
         for width in (first - start, stop - last)
     ]
     return F.pad(part, widths) if any(widths) else part
+
+
+def slices(box: Box) -> tuple[slice, ...]:
+    """The box as an index of the spatial axes."""
+    return tuple(slice(start, stop) for start, stop in box)
 
 
 def clipped(box: Box, space: Shape) -> Box:
@@ -148,12 +160,14 @@ def _correlate_channels(
     classes_in_points = points.shape[1] >= windows.shape[1]
     size = math.prod(windows.shape[1:4]) * math.prod(geometry.kernel) * math.prod(positions)
     parts = []
-    for start, stop in ranges(len(points), max(1, WINDOW_VALUES // size)):
-        unfolded = _unfold(geometry, windows[start:stop], positions)
+    for start, stop in ranges(len(points), max(1, WINDOW_VALUES[points.device.type] // size)):
+        # Here, and not before, because all slices in float32 could be more than fits.
+        asked, seen = (part[start:stop].to(wide(part.dtype)) for part in (points, windows))
+        unfolded = _unfold(geometry, seen, positions)
         if classes_in_points:
-            product = torch.einsum("scgol,sgil->scgoi", points[start:stop], unfolded[:, 0])
+            product = torch.einsum("scgol,sgil->scgoi", asked, unfolded[:, 0])
         else:
-            product = torch.einsum("sgol,scgil->scgoi", points[start:stop, 0], unfolded)
+            product = torch.einsum("sgol,scgil->scgoi", asked[:, 0], unfolded)
         parts.append(product.flatten(2))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -19,7 +19,6 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ray_tracin.arithmetic import Precision
 from ray_tracin.correlation import Shape
 from ray_tracin.layers import Layout, Segment, parameter_gradients, unit_gradients
 from ray_tracin.localized import LocalBackward
@@ -36,7 +35,7 @@ from ray_tracin.units import (
     selected_parameters,
     trainable,
 )
-from ray_tracin.vocabulary import ranges
+from ray_tracin.vocabulary import Precision, ranges
 
 TOLERANCE = 1e-3
 """Relative difference from autograd above which a parameter counts as not covered; rounding is far below."""

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from ray_tracin.arithmetic import Precision, arithmetic, multiply
+from ray_tracin.arithmetic import arithmetic, multiply
 from ray_tracin.layers import Layout, Segment, expand, expand_bytes
-from ray_tracin.vocabulary import ranges
+from ray_tracin.vocabulary import Precision, ranges
 
 PANELS = 8
 """Row panels that the upper half of a symmetric kernel is cut into: they multiply 56 % of it."""

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from ray_tracin import correlation
-from ray_tracin.correlation import Geometry, Shape, correlate, correlate_boxes, nonzero_boxes, points_of
+from ray_tracin.correlation import Geometry, Shape, correlate, correlate_boxes, nonzero_boxes, points_of, wide
 from ray_tracin.vocabulary import ranges
 
 Kind = Literal["convolution", "transposed convolution", "linear", "affine", "other"]
@@ -144,7 +144,6 @@ def expand(
             f"expected {segment.length} values a slice for unit {segment.unit!r}, got {packed.shape[1]}: read values "
             f"{segment.offset} to {segment.stop} of the rows that this layout describes"
         )
-    packed = packed.to(torch.promote_types(packed.dtype, torch.float32))
     if segment.form == "gradient":
         return _parts(packed.reshape(len(packed), classes, segment.columns), columns)
     split = segment.input_values
@@ -177,7 +176,7 @@ def multiply_factors(
         output_gradients = output_gradients.reshape(*output_gradients.shape[:2], -1, output_gradients.shape[-1]).mT
     for name in segment.parameters:
         if name.endswith("bias"):
-            yield from _parts(output_gradients.flatten(3).sum(3), columns)
+            yield from _parts(output_gradients.flatten(3).sum(3, dtype=wide(output_gradients.dtype)), columns)
         elif segment.kind == "transposed convolution":
             yield from correlate(geometry, inputs.unsqueeze(1), output_gradients, columns)
         else:
@@ -210,7 +209,7 @@ def unit_gradients(
 
 
 def _parts(whole: Float[Tensor, "slice class column"], columns: int) -> Iterator[Float[Tensor, "slice class part"]]:
-    return (whole[:, :, start:stop] for start, stop in ranges(whole.shape[2], columns))
+    return (whole[:, :, start:stop].to(wide(whole.dtype)) for start, stop in ranges(whole.shape[2], columns))
 
 
 def differentiate_bytes(layout: Layout, slices: int, *, itemsize: int = 4) -> int:
@@ -241,7 +240,7 @@ def _smallest_chunk(segment: Segment) -> int:
 def _window_values(layout: Layout) -> int:
     """Values of windows at a time: the budget, or all channels of one slice if that is more."""
     sizes = (_slice_windows(segment, layout.classes) for segment in layout.segments if segment.form == "factors")
-    return max(correlation.WINDOW_VALUES, *sizes, 0)
+    return max(correlation.WINDOW_VALUES["cpu"], *sizes, 0)
 
 
 def _slice_windows(segment: Segment, classes: int) -> int:

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
-from ray_tracin.correlation import Box, Geometry, Shape, clipped, cut, nonzero_boxes, points_of, windows_of
+from ray_tracin.correlation import Box, Geometry, Shape, clipped, cut, nonzero_boxes, points_of, slices, windows_of
 
 LOCAL_POSITIONS = 12 * 12
 """Positions of a slice below which looking for boxes costs more than they save."""
@@ -36,7 +35,7 @@ class LocalBackward(TorchFunctionMode):
     ) -> Any:
         """What the function returns; a convolution's result knows how to go back locally."""
         local = None if kwargs else _localized(func, args)
-        return func(*args, **(kwargs or {})) if local is None else _Convolution.apply(*local)
+        return func(*args, **(kwargs or {})) if local is None else _Convolution.apply(*local)  # type: ignore[no-untyped-call]
 
 
 def _localized(func: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -60,7 +59,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         values: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -72,7 +71,7 @@ class _Convolution(torch.autograd.Function):
         return torch.convolution(values, weight, bias, *_moves(geometry, transposed, extra))
 
     @staticmethod
-    def backward(ctx: FunctionCtx, output_gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, output_gradients: Tensor) -> tuple[Tensor | None, ...]:
         weight, geometry, transposed, extra, shape = ctx.call
         boxes = _boxes(output_gradients)
         if boxes is None:
@@ -103,16 +102,18 @@ def _fill(result: Tensor, output_gradients: Tensor, box: Box, weight: Tensor, ge
     shape = (1, result.shape[1], *(stop - start for start, stop in reached))
     moves = _moves(_bare(geometry), False, (0,) * len(box))
     part = _input_gradients(cut(output_gradients, box), weight, shape, *moves)
-    kept = (slice(first - start, last - start) for (start, _), (first, last) in zip(reached, inside, strict=True))
-    result[(..., *(slice(*span) for span in inside))] = part[(..., *kept)]
+    kept = tuple((first - start, last - start) for (start, _), (first, last) in zip(reached, inside, strict=True))
+    result[:, :, *slices(inside)] = part[:, :, *slices(kept)]
 
 
 def _fill_transposed(result: Tensor, output_gradients: Tensor, box: Box, weight: Tensor, geometry: Geometry) -> None:
     """Writes what the box of a transposed convolution's output gradient gives its input, for one slice."""
     reached = points_of(geometry, box, result.shape[2:])
+    if reached is None:
+        return
     windows = cut(output_gradients, windows_of(geometry, reached))
     part = torch.convolution(windows, weight, None, *_moves(_bare(geometry), False, (0,) * len(box)))
-    result[(..., *(slice(*span) for span in reached))] = part
+    result[:, :, *slices(reached)] = part
 
 
 def _bare(geometry: Geometry) -> Geometry:

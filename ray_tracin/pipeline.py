@@ -12,7 +12,7 @@ from typing import Any
 from ray_tracin import store as paths
 from ray_tracin.ablation import Ablate, TabulateImpact
 from ray_tracin.assembly import AssembleStripes, ExportInfluence, TabulateSelfInfluence
-from ray_tracin.attribution import ComputeTiles, Differentiate
+from ray_tracin.attribution import Differentiate
 from ray_tracin.costs import EVENTS_KEY, StageCost, collect_events, publish_events, stage_costs
 from ray_tracin.explaining import CountLists, RankPatients, RankQueries, TabulateGlobalExplainers, TabulateRankings
 from ray_tracin.featuring import MapFeatures, RankFeatures, TabulateFeatures
@@ -24,6 +24,7 @@ from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices
 from ray_tracin.runs import Run
 from ray_tracin.stages import ATTEMPTS, LAYOUT, Executor, Listener, Stage, complete, sound_receipts
 from ray_tracin.store import Receipt
+from ray_tracin.tiling import ComputeTiles
 from ray_tracin.vocabulary import checkpoint_name
 
 STEPS = ("prepare", "train", "gradients", "influence", "export", "explainers", "features", "ablation", "figures")
@@ -101,6 +102,9 @@ def _tiles_of(run: Run, epochs: tuple[int, ...], executors: Executors, listen: L
     missing = tuple(sorted({key.epoch for key in tiles.keys() if str(key) not in done}))  # noqa: SIM118
     if missing:
         refuse_what_does_not_fit(run)
+        if plan_of(run).fused:
+            complete(ComputeTiles(run, epochs, fused=True), executors.pool, listen)
+            return
     keep = run.config.gradients.keep
     complete(Differentiate(run, epochs if keep else missing), executors.pool, listen)
     complete(tiles, executors.pool, listen)
@@ -215,10 +219,13 @@ class StageStatus:
 
 def status(run: Run) -> list[StageStatus]:
     """Where every stage stands, by its receipts and the attempts that came to nothing."""
-    found = []
+    found: list[StageStatus] = []
+    found_tiles = run.store.receipts(ComputeTiles.name)
     costs = stage_costs(collect_events(run, stage_names(run)))
     for stage in all_stages(run):
         receipts = run.store.receipts(stage.name)
+        if stage.name == Differentiate.name and not receipts and found_tiles:
+            continue  # Tiles made the rows themselves.
         released = sum(receipt.released for receipt in receipts.values())
         cost = costs.get(stage.name, StageCost())
         found.append(StageStatus(stage.name, len(receipts), _total(stage), released, cost))

@@ -1,10 +1,12 @@
 """What a run will need, before anything runs: rows, bytes, arithmetic, memory of a worker, and the limit it breaks.
 
-Everything is counted from the configuration, the network and the number of patients; nothing is measured. The network
-is laid out on the ``meta`` device, so a plan of the paper's run takes seconds and no memory.
+Everything is counted from the configuration, the network and the number of patients. The network is laid out on the
+``meta`` device, so a plan of the paper's run takes seconds and no memory. Only `Plan.estimate` needs rates, which
+`calibration` measures.
 """
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ray_tracin import store as paths
-from ray_tracin.attribution import EXPANDED_VALUES, READ_VALUES
+from ray_tracin.calibration import NOMINAL, Rates, calibrate
 from ray_tracin.config import RunConfig, build_config, parse_yaml
 from ray_tracin.folders import find_cases
 from ray_tracin.gradients import RegionDifferentiator
@@ -22,8 +24,9 @@ from ray_tracin.influence import tile_bytes
 from ray_tracin.layers import Layout, differentiate_bytes
 from ray_tracin.runs import Run, open_run
 from ray_tracin.store import IncompleteRunError, RunStore
+from ray_tracin.tiling import EXPANDED_VALUES, READ_VALUES
 from ray_tracin.unet import HEAD, build_unet
-from ray_tracin.vocabulary import ranges
+from ray_tracin.vocabulary import QuerySet, ranges
 
 PROCESS_BYTES = 900 << 20
 """Resident size of a worker beyond what is counted here: Ray, torch, and what the allocator keeps between batches.
@@ -78,7 +81,8 @@ class Plan:
         size = self.config.data.size
         slices = (self.train + self.test) * size * size * (4 * len(self.config.data.modalities) + self.classes + 2)
         weights = 4 * self.parameters * (self.config.training.epochs + 7)
-        return checkpoints * self.shard_bytes + self.tensor_bytes + slices + weights
+        shards = 0 if self.fused else checkpoints * self.shard_bytes
+        return shards + self.tensor_bytes + slices + weights
 
     @property
     def gradient_flops(self) -> int:
@@ -115,15 +119,91 @@ class Plan:
         shard = self.config.gradients.shard_slices * self.layout.values * (4 + 4 + 2 * self._item_bytes)
         return PROCESS_BYTES + 3 * 4 * self.parameters + batch + shard
 
+    @cached_property
+    def fused_slices(self) -> int:
+        """Slices that a single worker differentiates for the tiles of a checkpoint: it holds the rows of two blocks."""
+        side = self.config.influence.tile_slices
+        counts: dict[QuerySet, int] = {"train": self.train, "test": self.test}
+        lengths = {name: [stop - start for start, stop in ranges(count, side)] for name, count in counts.items()}
+        made, held = 0, set[tuple[QuerySet, int]]()
+        for name in self.config.influence.query_sets:
+            for query in range(len(lengths[name])):
+                for other in range(query if name == "train" else 0, len(lengths["train"])):
+                    needed: set[tuple[QuerySet, int]] = {(name, query), ("train", other)}
+                    made += sum(lengths[owner][number] for owner, number in needed - held)
+                    held = needed
+        return made
+
+    @cached_property
+    def fused(self) -> bool:
+        """Whether tiles are to make the rows of gradients themselves instead of reading shards."""
+        return self.source[0] == "fused"
+
+    @cached_property
+    def source(self) -> tuple[str, str]:
+        """Where tiles get the rows of gradients from, and why."""
+        asked = self.config.gradients.source
+        if asked != "auto":
+            return asked, f"gradients.source={asked}"
+        if self.config.gradients.keep:
+            return "stored", "gradients.keep=true"
+        if self.fused_bytes > self.fused_limit:
+            return "stored", f"two blocks of rows take {_gib(self.fused_bytes)}, a worker has {_gib(self.fused_limit)}"
+        stored, fused = (sum(self.seconds(NOMINAL[self.device], fused)[:2]) for fused in (False, True))
+        names = ("fused", "stored") if fused < stored else ("stored", "fused")
+        return names[0], f"about {min(fused, stored) / max(fused, stored):.0%} of the time of {names[1]}"
+
+    def seconds(self, rates: Rates, fused: bool) -> tuple[float, float, float]:
+        """Seconds of one worker at a checkpoint: differentiating, storage, multiplying."""
+        made = self.fused_slices if fused else self.slices
+        moved = 0.0 if fused else self.shard_bytes * (1 / rates.written + self.passes / rates.read)
+        return made * self.gradient_flops / self.slices / rates.passes, moved, self.gram_flops / rates.products
+
+    @property
+    def device(self) -> str:
+        """What workers compute on, as far as the configuration says."""
+        return "cuda" if self.config.resources.device == "cuda" else "cpu"
+
+    @property
+    def fused_limit(self) -> float:
+        """Bytes that the rows of blocks may take with all that is computed from them."""
+        resources = self.config.resources
+        return GIB * (resources.gpu_memory if self.device == "cuda" else resources.memory_per_worker)
+
+    @property
+    def fused_bytes(self) -> int:
+        """Memory of a worker that makes tiles from rows that it makes: network, a batch, two blocks, a tile."""
+        queries, train = self._sides
+        rows = (queries + train + self.config.gradients.shard_slices) * self.layout.values * self._item_bytes
+        batch = differentiate_bytes(self.layout, self.config.resources.batch_slices)
+        return PROCESS_BYTES + 3 * 4 * self.parameters + batch + rows + self._tile_bytes
+
+    @property
+    def stored_tile_bytes(self) -> int:
+        """Memory of a worker that makes tiles from shards."""
+        queries, train = self._sides
+        # What is read ahead on both sides, as stored and decoded, and the tile as it is written.
+        ahead = 2 * (queries + train) * READ_VALUES * self._item_bytes
+        return PROCESS_BYTES + self._tile_bytes + ahead
+
     @property
     def tile_worker_bytes(self) -> int:
         """Memory of a worker that makes tiles."""
+        return self.fused_bytes if self.fused else self.stored_tile_bytes
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        """Slices of a tile: as queries and as train slices; a single train block is both."""
         side = self.config.influence.tile_slices
-        queries, train = min(side, max(self.train, self.test)), min(side, self.train)
-        need = tile_bytes(self.layout, queries, train, chunk_values=EXPANDED_VALUES, stored_itemsize=self._item_bytes)
-        # What is read ahead on both sides, as stored and decoded, and the tile as it is written.
-        ahead = 2 * (queries + train) * READ_VALUES * self._item_bytes
-        return PROCESS_BYTES + need + ahead + 2 * 4 * (self.classes * side) ** 2
+        queries = self.test if side >= self.train and "test" in self.config.influence.query_sets else self.train
+        return min(side, max(queries, self.test)), min(side, self.train)
+
+    @property
+    def _tile_bytes(self) -> int:
+        queries, train = self._sides
+        side, values = self.config.influence.tile_slices, EXPANDED_VALUES[self.device]
+        need = tile_bytes(self.layout, queries, train, chunk_values=values, stored_itemsize=self._item_bytes)
+        return need + 2 * 4 * (self.classes * side) ** 2
 
     @property
     def stripe_worker_bytes(self) -> int:
@@ -134,17 +214,20 @@ class Plan:
     @property
     def problems(self) -> list[str]:
         """The limits that the run would break, each with the setting that would help."""
-        limit = self.config.resources.memory_per_worker * GIB
+        memory = "memory_per_worker"
         needs = [
-            ("gradients", self.gradient_worker_bytes, "gradients.shard_slices or resources.batch_slices"),
-            ("tiles", self.tile_worker_bytes, "influence.tile_slices"),
-            ("stripes", self.stripe_worker_bytes, "influence.tile_slices"),
+            ("gradients", self.gradient_worker_bytes, memory, "gradients.shard_slices or resources.batch_slices"),
+            ("stripes", self.stripe_worker_bytes, memory, "influence.tile_slices"),
         ]
+        if self.fused:
+            setting = "gpu_memory" if self.device == "cuda" else memory
+            needs[0] = ("tiles", self.fused_bytes, setting, "influence.tile_slices or set gradients.source=stored")
+        else:
+            needs.insert(1, ("tiles", self.stored_tile_bytes, memory, "influence.tile_slices"))
         found = [
-            f"a worker of {what} needs {_gib(need)}, resources.memory_per_worker is {_gib(limit)}: "
-            f"lower {setting}, or allow more"
-            for what, need, setting in needs
-            if need > limit
+            f"a worker of {what} needs {_gib(need)}, resources.{setting} is {_gib(limit)}: lower {help}, or allow more"
+            for what, need, setting, help in needs
+            if need > (limit := getattr(self.config.resources, setting) * GIB)
         ]
         if self.free_bytes is not None and self.kept_bytes > self.free_bytes:
             found.append(
@@ -174,7 +257,12 @@ class Plan:
             ("tiles, a checkpoint", f"{self.gram_flops / 1e12:.2f} TFLOP in {self.tiles} tiles"),
             ("arithmetic in all", f"{total / 1e15:.3f} PFLOP"),
             ("gradient shards, a checkpoint", f"{_gib(self.shard_bytes)} (dense float32: {_gib(self.dense_bytes)})"),
-            ("reads of every shard", f"{self.passes:.1f}"),
+            ("source of rows", f"{self.source[0]} ({self.source[1]})"),
+            (
+                ("slices differentiated, a checkpoint", f"{self.fused_slices} for {self.slices}")
+                if self.fused
+                else ("reads of every shard", f"{self.passes:.1f}")
+            ),
             (
                 "disk at the most",
                 f"{_gib(self.kept_bytes)}" + ("" if self.free_bytes is None else f" of {_gib(self.free_bytes)}"),
@@ -182,6 +270,21 @@ class Plan:
             ("memory of a gradient worker", _gib(self.gradient_worker_bytes)),
             ("memory of a tile worker", _gib(self.tile_worker_bytes)),
             ("memory of a stripe worker", _gib(self.stripe_worker_bytes)),
+        ]
+
+    def estimate(self, rates: Rates) -> list[tuple[str, str]]:
+        """What the counts take at some rates, for one worker and for the workers that the configuration names."""
+        parts = dict(zip(("passes", "storage", "products"), self.seconds(rates, self.fused), strict=True))
+        epochs, workers = len(self.config.influence_epochs()), self.config.resources.workers or 1
+        total = epochs * sum(parts.values())
+        shares = ", ".join(f"{name} {seconds / sum(parts.values()):.0%}" for name, seconds in parts.items())
+        return [
+            ("passes", f"{rates.passes / 1e9:,.0f} GFLOP/s"),
+            ("products", f"{rates.products / 1e9:,.0f} GFLOP/s"),
+            ("storage", f"{rates.written / 1e6:,.0f} MB/s written, {rates.read / 1e6:,.0f} MB/s read"),
+            ("gradients and tiles, one worker", f"{_duration(total)} ({shares})"),
+            ("limited by", max(parts, key=lambda name: parts[name])),
+            *([(f"the same, {workers} workers", _duration(total / workers))] if workers > 1 else []),
         ]
 
     @property
@@ -209,6 +312,13 @@ def plan_run(
     if document is None and preset is None and not overrides:
         raise ValueError("give --run of a run that exists, --config FILE, or --preset demo|paper")
     return _plan_by_patients(build_config(preset, document, overrides), uri, patients)
+
+
+def measure(plan: Plan, uri: str | None) -> Rates:
+    """The rates of this machine and of the storage of a run, or of temporary files where there is no run yet."""
+    with tempfile.TemporaryDirectory() as folder:
+        exists = uri is not None and RunStore(uri).objects.size(paths.CONFIG) is not None
+        return calibrate(plan.config, plan.classes, uri if uri is not None and exists else folder)
 
 
 def plan_of(run: Run) -> Plan:
@@ -261,6 +371,12 @@ def _free_bytes(uri: str | None) -> int | None:
     return shutil.disk_usage(folder).free + sum(
         store.objects.sizes().values() if uri and Path(store.uri).is_dir() else ()
     )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _gib(size: int | float) -> str:

@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ray_tracin.arithmetic import Precision, arithmetic
+from ray_tracin.arithmetic import arithmetic
 from ray_tracin.correlation import Shape
 from ray_tracin.units import Shapes, Unit, flat_gradients, trainable
+from ray_tracin.vocabulary import Precision
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 QuerySet = Literal["train", "test"]
+Precision = Literal["float32", "tf32", "bfloat16"]
+"""Of the operands of convolutions and products (`arithmetic`)."""
 Split = Literal["train", "validation", "test"]
 
 QUERY_SETS: tuple[QuerySet, ...] = get_args(QuerySet)

@@ -224,13 +224,15 @@ def test_explain_says_what_there_is_to_explain(tiny_run: Run) -> None:
 
 def test_plan_of_the_paper_says_what_it_takes() -> None:
     roomy = ["--set", "gradients.keep=false", "--set", "resources.memory_per_worker=64"]
-    done = invoke("plan", "--preset", "paper", "--patients", "259", *roomy)
+    done = invoke("plan", "--preset", "paper", "--patients", "259", "--no-calibrate", *roomy)
     assert "3 × 2070 × 6210, 5 checkpoints" in done.stdout
     assert "31,044,292 of 31,044,292 differentiated" in done.stdout
 
 
 def test_plan_refuses_what_does_not_fit_and_names_the_setting() -> None:
-    done = invoke("plan", "--preset", "paper", "--patients", "259", "--set", "resources.memory_per_worker=2")
+    done = invoke(
+        "plan", "--preset", "paper", "--patients", "259", "--no-calibrate", "--set", "resources.memory_per_worker=2"
+    )
     assert done.exit_code == 1
     assert re.search(r"a worker of gradients needs .* GiB, resources\.memory_per_worker is 2\.00 GiB", done.stderr)
     assert "influence.tile_slices" in done.stderr

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.networks.nets import BasicUNet
 
+from ray_tracin import influence
 from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.influence import (
     rank_influence,
@@ -74,6 +75,26 @@ def test_the_tensor_of_other_networks_equals_the_oracle(name, dtype, tolerance):
         gradients = oracle.gradients(model, [key for key, _ in model.named_parameters()], *batch)
         expected = expected + rate * oracle.kernel(gradients, gradients)
     assert oracle.difference(sum_checkpoints(torch.stack(kernels), rates), expected.flatten(2)) < tolerance
+
+
+@pytest.mark.parametrize("train", [None, "the same slices"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("tf32", 1e-5), ("bfloat16", 1e-2)])
+def test_coarser_operands_are_close_and_the_kernel_stays_symmetric(deep, precision, tolerance, train):
+    layout, values, gradients = deep
+    other = None if train is None else reader(values)
+    kernel, norm2 = tile_kernel(layout, reader(values), other, chunk_values=500, precision=precision)
+    assert oracle.difference(kernel, oracle.kernel(gradients, gradients)) < tolerance
+    assert oracle.difference(norm2, torch.einsum("iziz->iz", kernel.double())) < tolerance
+    if train is None:
+        assert torch.equal(kernel, kernel.permute(2, 3, 0, 1))
+
+
+def test_panels_of_the_symmetric_kernel_hold_it_whole(deep, monkeypatch):
+    layout, values, gradients = deep
+    monkeypatch.setattr(influence, "SMALLEST_PANEL", 3)
+    kernel, _ = tile_kernel(layout, reader(values), None, chunk_values=500)
+    assert oracle.difference(kernel, oracle.kernel(gradients, gradients)) < 1e-5
+    assert torch.equal(kernel, kernel.permute(2, 3, 0, 1))
 
 
 def test_a_hand_worked_influence():

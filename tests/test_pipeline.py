@@ -107,6 +107,22 @@ def test_norms_of_test_queries_are_those_of_their_gradients(tiny_run: Run) -> No
     torch.testing.assert_close(got[there].double(), torch.as_tensor(expected)[there], rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("overrides", [[], ["gradients.dtype=bfloat16"], ["influence.tile_slices=6"]])
+def test_rows_that_are_made_give_the_bits_of_rows_that_are_stored(
+    patients: Path, tmp_path: Path, overrides: list[str]
+) -> None:
+    found = []
+    for source in ("stored", "fused"):
+        settings = [*TINY, f"data.root={patients}", *overrides, f"gradients.source={source}"]
+        run = start_run(tmp_path / source, preset="demo", overrides=settings)
+        finish(run, "influence")
+        found.append({path: value for path, value in bits(run).items() if not path.startswith("gradients.zarr")})
+        assert (Path(run.uri) / "gradients.zarr").exists() == (source == "stored")
+        assert verify(run) == {}
+        assert [line.stage for line in status(run) if line.stage == "gradients"] == ["gradients"][: source == "stored"]
+    assert found[0] == found[1]
+
+
 VARIANTS = {
     "head": (["gradients.parameters=head"], ["head.weight"], False, 1e-5),
     "image": (["gradients.score=image"], None, True, 1e-5),
@@ -312,7 +328,7 @@ def test_verify_finds_damage_and_strays_and_the_next_run_mends_it(tiny_run: Run)
 
 
 def test_shards_that_are_not_kept_are_freed_and_not_missed(tiny_run: Run, patients: Path, tmp_path: Path) -> None:
-    overrides = [*TINY, f"data.root={patients}", "gradients.keep=false"]
+    overrides = [*TINY, f"data.root={patients}", "gradients.keep=false", "gradients.source=stored"]
     run = start_run(tmp_path / "run", preset="demo", overrides=overrides)
     finish(run)
     left = [path.name for path in (tmp_path / "run/gradients.zarr").glob("**/*") if path.is_file()]
@@ -326,7 +342,7 @@ def test_shards_that_are_not_kept_are_freed_and_not_missed(tiny_run: Run, patien
     # A tile that is lost needs its checkpoint's shards again, and only those.
     (tmp_path / "run/tiles.zarr/epoch_08/train/c/0/1/0/0/0/0").unlink()
     (tmp_path / "run/influence.zarr/train/c/0/0/0").unlink()
-    done = finish(start_run(run.uri, overrides=["gradients.keep=false"]))
+    done = finish(start_run(run.uri, overrides=["gradients.keep=false", "gradients.source=stored"]))
     assert {event.key.split("/")[0] for event in done if event.stage == "gradients"} == {"epoch_08"}
     assert [event.stage for event in done if event.stage != "gradients"] == ["tiles", "influence"]
     assert bits(run) == kept

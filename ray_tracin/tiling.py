@@ -1,0 +1,208 @@
+"""The stage that multiplies gradients with gradients: the kernels of the checkpoints, a tile a key.
+
+``tiles.zarr`` (documented here, its owner) holds the kernels as they are computed, blocks of slices against blocks of
+slices. Of the symmetric train–train kernel only the blocks on and above the diagonal exist. `assembly` puts them into
+``influence.zarr``.
+
+The packed rows of a block have two sources: the shards in ``gradients.zarr``, read a layer at a time, or the network
+itself (*fused*), whose rows stay in the memory of the device and never touch a disk. Both give the same bits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ray_tracin import store as paths
+from ray_tracin.attribution import DTYPES, ShardDifferentiator, differentiator, gradients_path, restored
+from ray_tracin.influence import SegmentReader, tile_kernel
+from ray_tracin.layers import Layout, Segment
+from ray_tracin.runs import Run, pick_device
+from ray_tracin.stages import Result, Stage, halving
+from ray_tracin.store import Array
+from ray_tracin.vocabulary import GradientShard, QuerySet, Tile, checkpoint_name, ranges
+
+READ_VALUES = 1 << 17
+"""Values of a slice that a tile worker reads at a time, if a layer doesn't have more."""
+EXPANDED_VALUES = {"cpu": 1 << 22, "cuda": 1 << 29}
+"""Gradient values that a tile worker expands at a time, per side, by its device; more is no faster on a CPU."""
+LEAST_EXPANDED_VALUES = 1 << 16
+"""The fewest that it expands at a time, where memory is short."""
+
+Block = tuple[int, QuerySet, int]
+"""A checkpoint's epoch, a query set, and the number of a block of its slices."""
+
+
+def tiles_path(epoch: int, query_set: QuerySet) -> str:
+    """Where the tiles of a query set at a checkpoint are."""
+    return f"{paths.TILES}/{checkpoint_name(epoch)}/{query_set}"
+
+
+def blocks(run: Run, query_set: QuerySet) -> list[tuple[int, int]]:
+    """The blocks of positions of a query set that tiles are made of."""
+    return ranges(len(run.query_slices(query_set)), run.config.influence.tile_slices)
+
+
+@dataclass(frozen=True)
+class ComputeTiles(Stage[Tile]):
+    """Multiply gradients with gradients: the kernels of the checkpoints, a tile a key."""
+
+    epochs: tuple[int, ...]
+    fused: bool = False
+    """Whether rows are made anew, in memory, instead of read from the gradient shards."""
+    name: ClassVar[str] = "tiles"
+    uses_gpu: ClassVar[bool] = True
+
+    def keys(self) -> Sequence[Tile]:
+        """Every tile; of the symmetric train–train kernel those on and above the diagonal."""
+        train = range(len(blocks(self.run, "train")))
+        return [
+            Tile(epoch, name, query, other)
+            for epoch in self.epochs
+            for name in self.run.query_sets
+            for query in range(len(blocks(self.run, name)))
+            for other in train
+            if name != "train" or query <= other
+        ]
+
+    def write_layout(self) -> None:
+        """Create the arrays of every influence checkpoint."""
+        run, side, classes = self.run, self.run.config.influence.tile_slices, len(self.run.classes)
+        train = len(blocks(run, "train"))
+        for epoch in run.config.influence_epochs():
+            for name in run.query_sets:
+                queries = len(blocks(run, name))
+                run.store.create_array(
+                    tiles_path(epoch, name),
+                    shape=(queries, train, classes, side, classes, side),
+                    chunks=(1, 1, classes, side, classes, side),
+                    dtype="float32",
+                    dimensions=("query_block", "train_block", "query_class", "query", "train_class", "train"),
+                )
+                run.store.create_array(
+                    f"{tiles_path(epoch, name)}_norm2",
+                    shape=(queries, classes, side),
+                    chunks=(1, classes, side),
+                    dtype="float32",
+                    dimensions=("query_block", "query_class", "query"),
+                )
+
+    def open(self) -> Callable[[Tile], Result]:
+        """Get the rows of both sides, multiply them layer by layer, and write the tile."""
+        torch.set_num_threads(self.run.config.resources.threads)
+        rows = _MadeRows(self.run) if self.fused else _StoredRows(self.run)
+        return partial(_compute_tile, self.run, rows)
+
+
+def _compute_tile(run: Run, rows: "_Rows", key: Tile) -> dict[str, Any]:
+    query: Block = (key.epoch, key.query_set, key.query_block)
+    train: Block = (key.epoch, "train", key.train_block)
+    layout, left, right = rows.sides(query, train)
+    precision = run.config.gradients.precision
+    (kernel, norm2), _ = halving(
+        lambda values: tile_kernel(layout, left, right, chunk_values=values, precision=precision),
+        EXPANDED_VALUES[rows.device.type],
+        LEAST_EXPANDED_VALUES,
+    )
+    side = run.config.influence.tile_slices
+    path, block = tiles_path(key.epoch, key.query_set), slice(key.query_block, key.query_block + 1)
+    other = slice(key.train_block, key.train_block + 1)
+    padded = _padded(kernel.cpu().numpy(), side, axes=(1, 3))[None, None]
+    run.store.write(path, (block, other, *(slice(0, length) for length in padded.shape[2:])), padded)
+    if key.train_block == (key.query_block if key.query_set == "train" else 0):
+        norms = _padded(norm2.cpu().numpy(), side, axes=(1,))[None]
+        run.store.write(f"{path}_norm2", (block, *(slice(0, length) for length in norms.shape[1:])), norms)
+    return {}
+
+
+class _StoredRows:
+    """The rows of blocks from the gradient shards."""
+
+    def __init__(self, run: Run) -> None:
+        self.device = pick_device(run)
+        self._run = run
+
+    def sides(self, query: Block, train: Block) -> tuple[Layout, SegmentReader, SegmentReader | None]:
+        """What rows are, and how those of the query's and of the train block are read; None where they are the same."""
+        layout = stored_layout(self._run, query[0])
+        return layout, self._reader(query, layout), None if query == train else self._reader(train, layout)
+
+    def _reader(self, block: Block, layout: Layout) -> SegmentReader:
+        epoch, query_set, number = block
+        return _SegmentReader(
+            self._run, epoch, query_set, blocks(self._run, query_set)[number], layout.values, self.device
+        )
+
+
+class _MadeRows:
+    """The rows of blocks from the network: those of the last two blocks are held."""
+
+    def __init__(self, run: Run) -> None:
+        self._make = ShardDifferentiator(run)
+        self.device = self._make.device
+        self._run = run
+        self._layout = differentiator(run, run.config.influence_epochs()[0], torch.device("cpu")).layout
+        self._held: dict[Block, Tensor] = {}
+
+    def sides(self, query: Block, train: Block) -> tuple[Layout, SegmentReader, SegmentReader | None]:
+        """As of `_StoredRows`."""
+        # What this tile doesn't need goes before what it needs is made.
+        self._held = {block: rows for block, rows in self._held.items() if block in (query, train)}
+        for block in (query, train):
+            if block not in self._held:
+                self._held[block] = self._rows(block)
+        left, right = (partial(_part_of, self._held[block]) for block in (query, train))
+        return self._layout, left, None if query == train else right
+
+    def _rows(self, block: Block) -> Tensor:
+        epoch, query_set, number = block
+        start, stop = blocks(self._run, query_set)[number]
+        dtype = DTYPES[self._run.config.gradients.dtype]
+        rows = torch.empty((stop - start, self._layout.values), dtype=dtype, device=self.device)
+        count, size = len(self._run.query_slices(query_set)), self._run.config.gradients.shard_slices
+        for first, last in ranges(count, size):
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                # Whole shards, as if they were stored: a shard across two blocks is made for both.
+                values, _ = self._make(GradientShard(epoch, query_set, first, last))
+                rows[low - start : high - start] = values[low - first : high - first]
+        return rows
+
+
+_Rows = _StoredRows | _MadeRows
+
+
+def _part_of(rows: Tensor, segment: Segment) -> Tensor:
+    return rows[:, segment.offset : segment.stop]
+
+
+def stored_layout(run: Run, epoch: int) -> Layout:
+    """What the values of a gradient shard are."""
+    return Layout.from_json(run.store.attributes(f"{paths.GRADIENTS}/{checkpoint_name(epoch)}")["layout"])
+
+
+class _SegmentReader:
+    """Reads the values of a layer after another, many layers at a time: a chunk on disk holds several small ones."""
+
+    def __init__(
+        self, run: Run, epoch: int, query_set: QuerySet, rows: tuple[int, int], values: int, device: torch.device
+    ) -> None:
+        self._run, self._path = run, gradients_path(epoch, query_set)
+        self._rows, self._values, self._device = slice(*rows), values, device
+        self._start, self._held = 0, torch.empty((rows[1] - rows[0], 0))
+
+    def __call__(self, segment: Segment) -> Tensor:
+        if not (self._start <= segment.offset and segment.stop <= self._start + self._held.shape[1]):
+            stop = min(max(segment.stop, segment.offset + READ_VALUES), self._values)
+            block = self._run.store.read(self._path, (self._rows, slice(segment.offset, stop)))
+            self._start, self._held = segment.offset, restored(block, self._run.config.gradients.dtype)
+        return self._held[:, segment.offset - self._start : segment.stop - self._start].to(self._device)
+
+
+def _padded(values: Array, side: int, axes: Sequence[int]) -> Array:
+    widths = [(0, side - length if axis in axes else 0) for axis, length in enumerate(values.shape)]
+    return np.pad(values, widths, constant_values=np.nan)

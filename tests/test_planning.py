@@ -1,0 +1,84 @@
+"""The plan's choice between stored and fused rows, what it refuses, and what it tells of the time."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from ray_tracin.calibration import NOMINAL, Rates, calibrate
+from ray_tracin.config import build_config
+from ray_tracin.planning import GIB, Plan, plan_run
+
+SMALL = ["data.size=32", "model={width: 4, depth: 3}", "regions.threshold=0.5", "resources.workers=2"]
+
+
+def plan(*overrides: str, patients: int = 28) -> Plan:
+    return plan_run(None, preset="demo", overrides=[*SMALL, *overrides], patients=patients)
+
+
+def test_shards_that_are_to_be_kept_are_stored() -> None:
+    assert plan("influence.tile_slices=1000").source == ("stored", "gradients.keep=true")
+
+
+def test_rows_that_fit_are_not_stored() -> None:
+    one = plan("gradients.keep=false", "influence.tile_slices=1000")
+    assert one.fused
+    assert one.fused_slices == one.slices, "every gradient once"
+    assert one.kept_bytes < plan("influence.tile_slices=1000").kept_bytes
+    assert one.problems == []
+
+
+def test_rows_that_do_not_fit_are_stored() -> None:
+    settings = ("gradients.keep=false", "influence.tile_slices=1000")
+    memory = 0.999 * plan(*settings).fused_bytes / GIB
+    one = plan(*settings, f"resources.memory_per_worker={memory}")
+    assert not one.fused
+    assert "two blocks of rows take" in one.source[1]
+
+
+def test_many_blocks_are_cheaper_stored_where_arithmetic_is_slow() -> None:
+    one = plan("gradients.keep=false", "influence.tile_slices=8")
+    assert one.source[0] == "stored"
+    assert one.fused_slices > 5 * one.slices
+
+
+def test_the_choice_can_be_overruled_and_what_does_not_fit_is_refused() -> None:
+    asked = "gradients.source=fused"
+    assert plan(asked).source == ("fused", asked)
+    (problem,) = plan(asked, "influence.tile_slices=1000", "resources.memory_per_worker=0.95").problems[:1]
+    assert "a worker of tiles needs" in problem
+    assert "gradients.source=stored" in problem
+    on_gpu = plan(asked, "resources.device=cuda", "resources.gpu_memory=0.5")
+    assert "resources.gpu_memory is 0.50 GiB" in on_gpu.problems[0]
+
+
+@pytest.mark.parametrize(("side", "made"), [(1000, 10 + 4), (10, 10 + 4), (5, 5 + 5 + 0 + (4 + 5) + 5)])
+def test_fused_slices_are_those_of_a_worker_that_holds_two_blocks(side: int, made: int) -> None:
+    # Of two train blocks: tile (0, 0) makes block 0, (0, 1) block 1, (1, 1) nothing; test queries make theirs and 0,
+    # which has gone, and then 1 again.
+    assert replace(plan(f"influence.tile_slices={side}"), train=10, test=4).fused_slices == made
+
+
+def test_the_estimate_adds_what_a_checkpoint_takes() -> None:
+    one, rates = plan(), Rates(passes=1e9, products=1e9, written=1e6, read=2e6)
+    passes, storage, products = one.seconds(rates, fused=False)
+    assert passes == pytest.approx(one.gradient_flops / 1e9)
+    assert storage == pytest.approx(one.shard_bytes * (1 / 1e6 + one.passes / 2e6))
+    assert products == pytest.approx(one.gram_flops / 1e9)
+    assert one.seconds(rates, fused=True)[1] == 0
+    lines = dict(one.estimate(rates))
+    assert (
+        lines["limited by"]
+        == max({"passes": passes, "storage": storage, "products": products}.items(), key=lambda x: x[1])[0]
+    )
+    assert "the same, 2 workers" in lines
+
+
+def test_rates_are_measured_and_nothing_is_left(tmp_path) -> None:
+    config = build_config("demo", None, SMALL)
+    rates = calibrate(config, 3, str(tmp_path))
+    for name in ("passes", "products", "written", "read"):
+        measured, nominal = getattr(rates, name), getattr(NOMINAL["cpu"], name)
+        assert math.isfinite(measured)
+        assert nominal / 1000 < measured < 1000 * nominal, name
+    assert list(tmp_path.iterdir()) == []
