@@ -175,7 +175,7 @@ def do_step(run: Run, step: str, workers: int) -> None:
     resources = run.config.resources.model_copy(update={"workers": workers, "threads": 1})
     run = Run(run.store, run.config.model_copy(update={"resources": resources}))
     if step in FIGURES:
-        execute_serially(DrawFigures(run), [step], lambda key: None)
+        execute_serially(DrawFigures(run), [step], lambda key, attempt=None: None)
         return
     with cluster("local", cpus=workers):
         for stage in EXPLAINERS if step == "explainers" else FEATURES:
