@@ -1,11 +1,16 @@
-"""Seconds and peak memory of region gradients and their kernel: this engine against plain autograd, on the same rows.
+"""Seconds, operations and memory of region gradients and their kernel: this engine against plain autograd, same rows.
 
-    python benchmarks/engine.py --slices 24 --width 16 --size 96 --rounds 3
+    python benchmarks/engine.py --slices 96 --width 16 --size 96 --rounds 3
 
-Every method runs in a process of its own, so that its peak memory is its own; methods take turns within a round. The
-kernels are compared, and the difference is printed beside the times. ``naive`` is a forward and a backward a region;
-``shared forward`` one forward a slice and a backward a class; both keep all gradients as rows and multiply them once.
-``engine`` differentiates in batches, keeps packed rows, and expands them a layer at a time.
+Runs with torch and numpy, without a cluster. Every method runs in a process of its own, so that its peak memory is its
+own; methods take turns within a round. The kernels are compared, and the difference is printed beside the times.
+``naive`` is a forward and a backward a region; ``shared forward`` one forward a slice and a backward a class; both keep
+all gradients as rows and multiply them once. ``engine`` differentiates in batches, keeps packed rows, and expands them
+a layer at a time.
+
+Operations are counted as if nothing were zero: a forward a slice, a backward of activations and the products of the
+weights a region, half of the symmetric kernel. The ceiling is PyTorch's float32 matrix product in the same run; a share
+of more than 1 is possible where zeros are left out and where oneDNN's product is faster than the BLAS.
 """
 
 import argparse
@@ -17,13 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ray_tracin.config import ModelConfig
 from ray_tracin.gradients import RegionDifferentiator
@@ -31,10 +37,11 @@ from ray_tracin.influence import tile_kernel
 from ray_tracin.layers import Segment
 from ray_tracin.regions import region_scores
 from ray_tracin.unet import HEAD, build_unet
+from ray_tracin.vocabulary import Precision, ranges
 
 CLASSES, MODALITIES = 3, 4
-CHUNK_VALUES = 1 << 24
-BATCH = 8
+CHUNK_VALUES = {"cpu": 1 << 22, "cuda": 1 << 29}
+CEILING_ROWS = {"cpu": 2048, "cuda": 8192}
 Problem = tuple[nn.Module, Tensor, Tensor, Tensor]
 
 
@@ -52,7 +59,7 @@ def make_problem(slices: int, width: int, size: int) -> Problem:
     network.train()
     with torch.no_grad():
         for _ in range(3):
-            network(images[:BATCH])
+            network(images[:8])
     return network.eval(), images, labels, masks
 
 
@@ -98,31 +105,42 @@ def _gram(rows: Tensor) -> Tensor:
     return (rows @ rows.T).reshape(len(rows) // CLASSES, CLASSES, -1, CLASSES).permute(1, 0, 3, 2)
 
 
-def engine(problem: Problem, dtype: torch.dtype = torch.float32) -> Tensor:
+def engine(
+    problem: Problem, batch: int, dtype: torch.dtype = torch.float32, precision: Precision = "float32"
+) -> Tensor:
     """Packed rows in batches, then the kernel a layer at a time."""
     network, images, labels, masks = problem
-    differentiator = RegionDifferentiator(network, head=HEAD, parameters="all", example=images[0], classes=CLASSES)
-    batches = zip(images.split(BATCH), labels.split(BATCH), masks.split(BATCH), strict=True)
-    packed = torch.cat([differentiator.differentiate(*batch).values.to(dtype) for batch in batches])
+    differentiator = RegionDifferentiator(
+        network, head=HEAD, parameters="all", example=images[0], classes=CLASSES, precision=precision
+    )
+    layout = differentiator.layout
+    packed = torch.empty((len(images), layout.values), dtype=dtype, device=images.device)
+    for start, stop in ranges(len(images), batch):
+        batch_of = images[start:stop], labels[start:stop], masks[start:stop]
+        packed[start:stop] = differentiator.differentiate(*batch_of).values
 
     def read(segment: Segment) -> Tensor:
         return packed[:, segment.offset : segment.stop]
 
-    kernel, _ = tile_kernel(differentiator.layout, read, None, chunk_values=CHUNK_VALUES)
+    kernel, _ = tile_kernel(layout, read, None, chunk_values=CHUNK_VALUES[images.device.type], precision=precision)
     return kernel
 
 
-METHODS: dict[str, Callable[[Problem], Tensor]] = {
-    "naive": naive,
-    "shared forward": shared_forward,
+Method = Callable[[Problem, int], Tensor]
+METHODS: dict[str, Method] = {
+    "naive": lambda problem, _: naive(problem),
+    "shared forward": lambda problem, _: shared_forward(problem),
     "engine": engine,
     "engine, bfloat16 rows": partial(engine, dtype=torch.bfloat16),
+    "engine, tf32": partial(engine, precision="tf32"),
+    "engine, bfloat16": partial(engine, dtype=torch.bfloat16, precision="bfloat16"),
 }
+SIZES = ("slices", "width", "size", "threads", "batch", "device")
 
 
 def measure(method: str, options: argparse.Namespace, kernel: Path) -> dict[str, float]:
-    """Seconds and peak bytes of a method, in a process of its own; its kernel goes to the file."""
-    sizes = [f"--{name}={getattr(options, name)}" for name in ("slices", "width", "size", "threads")]
+    """Seconds, peak bytes and the ceiling beside a method, in a process of its own; its kernel goes to the file."""
+    sizes = [f"--{name}={getattr(options, name)}" for name in SIZES]
     command = [sys.executable, __file__, *sizes, f"--method={method}", f"--kernel={kernel}"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout))
@@ -131,55 +149,114 @@ def measure(method: str, options: argparse.Namespace, kernel: Path) -> dict[str,
 def run_method(options: argparse.Namespace) -> None:
     """What the process of a method does."""
     torch.set_num_threads(options.threads)
-    problem = make_problem(options.slices, options.width, options.size)
-    before = _peak()
+    device = torch.device(options.device)
+    network, images, labels, masks = make_problem(options.slices, options.width, options.size)
+    problem = network.to(device), images.to(device), labels.to(device), masks.to(device)
+    ceiling = matmul_rate(device)
+    before = _peak(device)
     started = time.perf_counter()
-    kernel = METHODS[options.method](problem)
+    kernel = METHODS[options.method](problem, options.batch).cpu()
     seconds = time.perf_counter() - started
     np.save(options.kernel, kernel.double().numpy())
-    print(json.dumps({"seconds": seconds, "peak": _peak() - before}))
+    print(json.dumps({"seconds": seconds, "peak": _peak(device) - before, "ceiling": ceiling}))
 
 
-def _peak() -> int:
+def matmul_rate(device: torch.device) -> float:
+    """Operations a second of PyTorch's float32 product of square matrices; the best of five."""
+    side = CEILING_ROWS[device.type]
+    matrix = torch.randn(side, side, device=device)
+    spent = []
+    for _ in range(5):
+        started = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        spent.append(time.perf_counter() - started)
+    return 2 * side**3 / min(spent)
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def operations(options: argparse.Namespace) -> tuple[float, int]:
+    """What the exact kernel takes if no zero is left out, and the values of one dense row."""
+    network = build_unet(ModelConfig(width=options.width), MODALITIES, CLASSES, seed=0).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros((1, MODALITIES, options.size, options.size), device="meta"))
+    columns = sum(parameter.numel() for parameter in network.parameters())
+    passes = options.slices * counter.get_total_flops() * (1 + 2 * CLASSES)
+    return passes + columns * (options.slices * CLASSES) ** 2, columns
+
+
 def compare(options: argparse.Namespace) -> str:
-    """The table: for each method the median time, its ratio to the naive one, peak memory, and the difference."""
-    figures: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    """The table: for each method the median time, rate, share of the ceiling, ratios, peak memory, and difference."""
+    names = [name for name in METHODS if name in options.methods]
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     kernels: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.rounds):
-            for name in METHODS:
+            for name in names:
                 path = Path(folder) / "kernel.npy"
                 figures[name].append(measure(name, options, path))
                 kernels[name] = np.load(path)
+    flops, columns = operations(options)
+    dense = options.slices * CLASSES * columns * 4
+    ceiling = statistics.median(figure["ceiling"] for measured in figures.values() for figure in measured)
     lines = [
-        f"{options.slices} slices × {CLASSES} classes, UNet of width {options.width} at {options.size}², "
-        f"{options.threads} threads, median of {options.rounds}; torch {torch.__version__}, {platform.processor()} "
-        f"{platform.machine()}, Python {platform.python_version()}",
+        f"{options.slices} slices × {CLASSES} classes, UNet of width {options.width} at {options.size}² "
+        f"({columns:,} parameters), batches of {options.batch}, {_machine(options)}, median of {options.rounds}. "
+        f"{flops / 1e12:.2f} TFLOP; float32 matrix product {ceiling / 1e9:,.0f} GFLOP/s; dense rows "
+        f"{dense / 2**20:,.0f} MiB.",
         "",
-        "| method | seconds | naive ÷ it | peak memory, MiB | relative difference |",
-        "|---|---|---|---|---|",
+        "| method | seconds | GFLOP/s | of the product's rate | naive ÷ it | shared forward ÷ it | peak memory, MiB | "
+        "of dense rows | relative difference |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *_rows(figures, kernels, flops, ceiling, dense),
     ]
-    reference = kernels["naive"]
-    base = statistics.median(figure["seconds"] for figure in figures["naive"])
-    for name, measured in figures.items():
-        seconds = statistics.median(figure["seconds"] for figure in measured)
-        peak = max(figure["peak"] for figure in measured) / 2**20
-        difference = np.linalg.norm(kernels[name] - reference) / np.linalg.norm(reference)
-        lines.append(f"| {name} | {seconds:.2f} | {base / seconds:.2f} | {peak:.0f} | {difference:.1e} |")
     return "\n".join(lines)
+
+
+def _machine(options: argparse.Namespace) -> str:
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} CPU threads"
+    return f"{where}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _rows(
+    figures: dict[str, list[dict[str, float]]],
+    kernels: dict[str, np.ndarray],
+    flops: float,
+    ceiling: float,
+    dense: int,
+) -> Sequence[str]:
+    seconds = {name: statistics.median(one["seconds"] for one in measured) for name, measured in figures.items()}
+    reference = next(iter(kernels.values()))
+    lines = []
+    for name, measured in figures.items():
+        rate = flops / seconds[name]
+        peak = max(one["peak"] for one in measured)
+        ratios = [
+            f"{seconds[base] / seconds[name]:.2f}" if base in seconds else "" for base in ("naive", "shared forward")
+        ]
+        difference = np.linalg.norm(kernels[name] - reference) / np.linalg.norm(reference)
+        lines.append(
+            f"| {name} | {seconds[name]:.2f} | {rate / 1e9:,.0f} | {rate / ceiling:.0%} | {' | '.join(ratios)} | "
+            f"{peak / 2**20:,.0f} | {peak / dense:.2f} | {difference:.1e} |"
+        )
+    return lines
 
 
 def main() -> None:
     """Parse, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slices", type=int, default=24)
+    parser.add_argument("--slices", type=int, default=96)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=8, help="slices that the engine differentiates at once")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS][:4])
     parser.add_argument("--method", choices=[*METHODS], help=argparse.SUPPRESS)
     parser.add_argument("--kernel", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
