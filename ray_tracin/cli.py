@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 wrong usage or configuration, 1 failed. A failure prints w
 ``--debug`` shows the traceback.
 """
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from ray_tracin.phantom import Edition
 from ray_tracin.pipeline import STEPS, Executors, StageStatus, is_prepared, run_to, status, verify
 from ray_tracin.planning import measure, plan_run
 from ray_tracin.progress import progress
+from ray_tracin.report import PAGE, RenderReport, discard_other_report
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor, cluster, write_phantoms
 from ray_tracin.stages import Listener, Report, Stage
@@ -151,9 +153,37 @@ def step_command(step: str) -> Callable[..., None]:
     return command
 
 
+def report_command(  # noqa: PLR0913, PLR0917
+    run: RunOption,
+    queries: Annotated[
+        str | None, typer.Option(help="Slices to explain: all, a number, or a list such as PATIENT_A,PATIENT_B:38.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Proponents and opponents shown at first.")] = None,
+    images: Annotated[bool | None, typer.Option(help="Whether pictures of patients are in it.")] = None,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    overrides: SetOption = None,
+    address: AddressOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Render the page for readers. Renders again where the options differ from those it was rendered with."""
+    asked = {"queries": _asked_queries(queries), "top_k": top_k, "images": images}
+    options = [f"report.{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
+    everything = [*(overrides or []), *options]
+    with _failing_clearly(debug), _configuring(debug):
+        discard_other_report(start_run(run, preset=preset, config=config, overrides=everything))
+    step_command("report")(run, config, preset, everything, address, debug)
+
+
+def _asked_queries(text: str | None) -> str | int | list[str] | None:
+    if text is None or text == "all":
+        return text
+    return int(text) if text.isdecimal() else [name.strip() for name in text.split(",")]
+
+
 def job(step: str) -> None:
     """Run a step as a program of its own: what a file in ``jobs/`` calls."""
-    typer.run(step_command(step))
+    typer.run(report_command if step == RenderReport.name else step_command(step))
 
 
 _HELP = {
@@ -167,8 +197,9 @@ _HELP = {
     "ablation": "Mask latent features, and measure what the prediction loses.",
     "figures": "Draw the paper's figures from this run.",
 }
-for _step in STEPS:
-    app.command(_step, help=f"{_HELP[_step]} Completes what it needs, resumes where it stands.")(step_command(_step))
+for _step, _what in _HELP.items():
+    app.command(_step, help=f"{_what} Completes what it needs, resumes where it stands.")(step_command(_step))
+app.command(RenderReport.name)(report_command)
 app.command("run", help="All steps, each resumed where it stands.")(step_command(STEPS[-1]))
 
 
@@ -354,6 +385,8 @@ def _print_result(run: Run, seconds: float) -> None:
     if run.store.read_receipt(DrawFigures.name, "figure_5") is not None:
         for line in findings(run):
             out.print(line, markup=False)
+    if run.store.read_receipt(RenderReport.name, "index") is not None:
+        out.print(f"the report, for a browser: {run.uri}/{PAGE}", markup=False)
 
 
 if __name__ == "__main__":

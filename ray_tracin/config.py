@@ -214,6 +214,20 @@ class ExplainersConfig(Section):
     """Proponents whose classes are counted (figure 5), without global explainers."""
 
 
+class ReportConfig(Section):
+    """The page that readers open. It can be rendered again with other options: nothing here changes the answer."""
+
+    queries: Literal["all"] | PositiveInt | tuple[str, ...] = speed_only("all")
+    """Which slices are explained: ``all`` test queries, so many of them (spread over the patients), or a list of
+    patients (or cases) and ``patient:index``, of any query set."""
+    top_k: PositiveInt = speed_only(10)
+    """Proponents, neutral regions and opponents that are shown at first."""
+    images: bool = speed_only(True)
+    """Whether pictures of patients, their outlines and feature maps are in it; numbers and names always are."""
+    inline_megabytes: NonNegative = speed_only(6.0)
+    """Pictures and scores are part of the page up to this size; above it they are files beside it."""
+
+
 class ResourcesConfig(Section):
     """What a run may use. Nothing here changes the answer."""
 
@@ -250,6 +264,7 @@ class RunConfig(Section):
     influence: InfluenceConfig = InfluenceConfig()
     features: FeaturesConfig = FeaturesConfig()
     explainers: ExplainersConfig = ExplainersConfig()
+    report: ReportConfig = ReportConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
     @model_validator(mode="after")

@@ -19,15 +19,28 @@ from ray_tracin.featuring import MapFeatures, RankFeatures, TabulateFeatures
 from ray_tracin.figures import DrawFigures
 from ray_tracin.learning import TabulateCheckpoints, Train, drop_states
 from ray_tracin.mapping import MapRegions, TabulateRegions
+from ray_tracin.pictures import DrawSlices
 from ray_tracin.planning import plan_of
 from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices
+from ray_tracin.report import RenderReport
 from ray_tracin.runs import Run
 from ray_tracin.stages import ATTEMPTS, LAYOUT, Executor, Listener, Stage, complete, sound_receipts
 from ray_tracin.store import Receipt
 from ray_tracin.tiling import ComputeTiles
 from ray_tracin.vocabulary import checkpoint_name
 
-STEPS = ("prepare", "train", "gradients", "influence", "export", "explainers", "features", "ablation", "figures")
+STEPS = (
+    "prepare",
+    "train",
+    "gradients",
+    "influence",
+    "export",
+    "explainers",
+    "features",
+    "ablation",
+    "figures",
+    "report",
+)
 """The commands, in order."""
 
 
@@ -155,6 +168,11 @@ def _figures(run: Run, executors: Executors, listen: Listener) -> None:
     complete(DrawFigures(run), executors.pool, listen)
 
 
+def _report(run: Run, executors: Executors, listen: Listener) -> None:
+    for stage in (DrawSlices(run), RenderReport(run)):
+        complete(stage, executors.pool, listen)
+
+
 _STEPS: dict[str, Callable[[Run, Executors, Listener], None]] = {
     "prepare": _prepare,
     "train": _train,
@@ -165,6 +183,7 @@ _STEPS: dict[str, Callable[[Run, Executors, Listener], None]] = {
     "features": _features,
     "ablation": _ablation,
     "figures": _figures,
+    "report": _report,
 }
 
 
@@ -196,6 +215,8 @@ def all_stages(run: Run) -> list[Stage[Any]]:
         Ablate(run),
         TabulateImpact(run),
         DrawFigures(run),
+        DrawSlices(run),
+        RenderReport(run),
     ]
 
 

@@ -1,0 +1,177 @@
+// What the page knows: the report's JSON, arrays in base64, pictures and rows of the tensor on demand.
+
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const CLASSES = DATA.classes.length;
+const TRAIN = DATA.train.slices.length;
+const SIZE = DATA.size;
+
+const ARRAYS = { float32: Float32Array, float64: Float64Array, int32: Int32Array, uint8: Uint8Array };
+
+function bytesOf(base64) {
+  const text = atob(base64);
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes;
+}
+
+function unpack(packed) {
+  return packed && new ARRAYS[packed.dtype](bytesOf(packed.data).buffer);
+}
+
+// Slices are numbered by their place in DATA.slices; regions are (slice, class) with classes from 1.
+const SLICES = {
+  ...DATA.slices,
+  truth: unpack(DATA.slices.truth),
+  predicted: unpack(DATA.slices.predicted),
+  agreed: unpack(DATA.slices.agreed),
+};
+const REGIONS = {
+  pixels: unpack(DATA.regions.pixels),
+  overlap: unpack(DATA.regions.overlap),
+  dice: unpack(DATA.regions.dice),
+};
+const TRAIN_NORM = unpack(DATA.train.norm);
+const GLOBAL = unpack(DATA.train.global);
+const LIST_SHARE = unpack(DATA.train.share);
+const MAXIMA = unpack(DATA.features.maxima);
+const FEATURES = DATA.features.maxima.shape[2];
+
+const className = (classId) => DATA.classes[classId - 1].name;
+const classColour = (classId) => DATA.classes[classId - 1].colour;
+const classIds = () => DATA.classes.map((_, position) => position + 1);
+const regionPlace = (slice, classId) => slice * CLASSES + classId - 1;
+const regionExists = (slice, classId) => REGIONS.pixels[regionPlace(slice, classId)] > 0;
+
+// Dice of the whole prediction of a class on a slice; NaN where the class is nowhere, or nothing is known of it.
+function sliceDice(slice, classId) {
+  const place = regionPlace(slice, classId);
+  if (!SLICES.labelled[slice]) return NaN;
+  return (2 * SLICES.agreed[place]) / (SLICES.predicted[place] + SLICES.truth[place]);
+}
+
+function isLowOverlap(slice, classId) {
+  return SLICES.labelled[slice] && REGIONS.overlap[regionPlace(slice, classId)] < DATA.lowOverlap;
+}
+
+// Train columns of the tensor: class by class, each with all train slices.
+const columnSlice = (column) => DATA.train.slices[column % TRAIN];
+const columnClass = (column) => Math.floor(column / TRAIN) + 1;
+const isGlobal = (classId, column) => GLOBAL[(classId - 1) * CLASSES * TRAIN + column] === 1;
+const listShare = (classId, column) => LIST_SHARE[(classId - 1) * CLASSES * TRAIN + column];
+
+// Influence on a query: in the page, or in a script of its own that calls receiveInfluence.
+const influenceRows = new Map();
+const waitingForInfluence = new Map();
+const KEPT_ROWS = 24;
+
+function receiveInfluence(row, packed) {
+  const values = unpack(packed);
+  influenceRows.set(row, values);
+  if (influenceRows.size > KEPT_ROWS && !DATA.inline) influenceRows.delete(influenceRows.keys().next().value);
+  const wait = waitingForInfluence.get(row);
+  waitingForInfluence.delete(row);
+  if (wait) wait.resolve(values);
+}
+
+if (DATA.inline) {
+  const inline = JSON.parse(document.getElementById("influence").textContent);
+  for (const [row, packed] of Object.entries(inline)) receiveInfluence(Number(row), packed);
+}
+
+function loadInfluence(slice) {
+  const row = SLICES.row[slice];
+  if (influenceRows.has(row)) return Promise.resolve(influenceRows.get(row));
+  if (waitingForInfluence.has(row)) return waitingForInfluence.get(row).promise;
+  const wait = {};
+  wait.promise = new Promise((resolve, reject) => Object.assign(wait, { resolve, reject }));
+  waitingForInfluence.set(row, wait);
+  const script = document.createElement("script");
+  script.src = `assets/influence_${String(row).padStart(6, "0")}.js`;
+  script.onload = () => script.remove();
+  script.onerror = () => {
+    waitingForInfluence.delete(row);
+    wait.reject(new Error(`${script.getAttribute("src")} is missing: the folder assets belongs beside this page`));
+  };
+  document.head.append(script);
+  return wait.promise;
+}
+
+// Pictures, as images that are kept while they are in use.
+const inlinePictures = JSON.parse(document.getElementById("pictures").textContent);
+const keptPictures = new Map();
+const KEPT_PICTURES = 120;
+
+function loadPicture(slice, kind) {
+  const row = SLICES.row[slice];
+  const key = `${kind} ${row}`;
+  const kept = keptPictures.get(key);
+  keptPictures.delete(key); // and back at the end: the one that waited longest goes first
+  const loading = kept || decodedImage(pictureAddress(row, kind));
+  keptPictures.set(key, loading);
+  if (keptPictures.size > KEPT_PICTURES) keptPictures.delete(keptPictures.keys().next().value);
+  return loading;
+}
+
+function pictureAddress(row, kind) {
+  if (DATA.inline) return `data:image/webp;base64,${inlinePictures[row][kind]}`;
+  const name = kind === "image" ? "slice" : "maps";
+  return `assets/${name}_${String(row).padStart(6, "0")}.webp`;
+}
+
+function decodedImage(address) {
+  return new Promise((resolve, reject) => {
+    const image = new Image();
+    image.onload = () => resolve(image);
+    image.onerror = () => reject(new Error("a picture is missing: the folder assets belongs beside this page"));
+    image.src = address;
+  });
+}
+
+// Label maps: runs of (value, length) in LEB128.
+const keptLabels = new Map();
+const KEPT_LABELS = 200;
+
+function labelsOf(slice, kind) {
+  const key = `${kind} ${slice}`;
+  if (!keptLabels.has(key)) {
+    if (keptLabels.size > KEPT_LABELS) keptLabels.delete(keptLabels.keys().next().value);
+    keptLabels.set(key, decodeRuns(bytesOf(SLICES.outlines[kind][slice])));
+  }
+  return keptLabels.get(key);
+}
+
+function decodeRuns(bytes) {
+  const labels = new Uint16Array(SIZE * SIZE);
+  let at = 0;
+  let place = 0;
+  const number = () => {
+    let value = 0;
+    for (let shift = 0; ; shift += 7) {
+      const byte = bytes[at++];
+      value |= (byte & 0x7f) << shift;
+      if (byte < 0x80) return value;
+    }
+  };
+  while (at < bytes.length) {
+    const value = number();
+    const length = number();
+    labels.fill(value, place, place + length);
+    place += length;
+  }
+  return labels;
+}
+
+// Eq. 7: how far two maxima of a feature agree; NaN where both are 0 or a region is absent.
+function similarity(slice, classId, otherSlice, otherClass, feature) {
+  const a = MAXIMA[regionPlace(slice, classId) * FEATURES + feature];
+  const b = MAXIMA[regionPlace(otherSlice, otherClass) * FEATURES + feature];
+  const largest = Math.max(Math.abs(a), Math.abs(b));
+  return (a / largest) * (b / largest);
+}
+
+// Features as a reader wants them for a class: predictive ones first.
+function orderedFeatures(classId) {
+  const predictive = new Set(DATA.features.predictive[classId - 1]);
+  const others = Array.from({ length: FEATURES }, (_, feature) => feature).filter((f) => !predictive.has(f));
+  return [...predictive, ...others];
+}

@@ -1,0 +1,412 @@
+// Explain: a region of a query slice, and the train regions for, neither for nor against, and against it.
+
+const CHOICE = { query: 0, classId: 1, card: null };
+const LISTS = [
+  { key: "proponents", title: "Proponents", text: "pushed the network toward this prediction" },
+  { key: "neutral", title: "Neutral", text: "influence nearest to 0; low overlap left out" },
+  { key: "opponents", title: "Opponents", text: "pushed it away" },
+];
+let cards = []; // what is shown, in order: {list, column, rank, influence, cosine, element, pane}
+
+const currentSlice = () => DATA.queries[CHOICE.query].slice;
+
+// Ranking
+
+function scoresOf(query, classId, rows) {
+  const columns = CLASSES * TRAIN;
+  const influence = rows.subarray((classId - 1) * columns, classId * columns);
+  const norm = unpack(DATA.queries[query].norm)[classId - 1];
+  const cosine = new Float64Array(columns).fill(NaN);
+  if (TRAIN_NORM && norm !== 0) {
+    for (let i = 0; i < columns; i++) {
+      if (TRAIN_NORM[i] !== 0) cosine[i] = Math.fround(influence[i] / norm / TRAIN_NORM[i]);
+    }
+  }
+  return { influence, cosine };
+}
+
+// Every train region that exists, without the query itself, with its rank among all from either end.
+function rankedRegions(query, classId, scores, by) {
+  const values = by === "cosine" ? scores.cosine : scores.influence;
+  const { slice } = DATA.queries[query];
+  const columns = Array.from(values.keys()).filter(
+    (column) => !Number.isNaN(values[column]) && !(columnSlice(column) === slice && columnClass(column) === classId),
+  );
+  // Ties go to the lower column, as in the tables. localRank leaves global explainers out, and is 0 for them.
+  const ordered = (chosen, size) => {
+    let local = 0;
+    return [...chosen].sort((a, b) => size(a) - size(b) || a - b).map((column, place) => ({
+      column, rank: place + 1, localRank: isGlobal(classId, column) ? 0 : ++local,
+      influence: scores.influence[column], cosine: scores.cosine[column],
+    }));
+  };
+  // A region of low overlap has hardly a gradient: it is nobody's neutral example.
+  const telling = columns.filter((column) => !isLowOverlap(columnSlice(column), columnClass(column)));
+  return {
+    proponents: ordered(columns, (column) => -values[column]),
+    opponents: ordered(columns, (column) => values[column]),
+    neutral: ordered(telling, (column) => Math.abs(values[column])),
+  };
+}
+
+function filters() {
+  return {
+    trainClass: Number(byId("train-class").value),
+    onePerPatient: byId("one-per-patient").checked,
+    samePatient: byId("same-patient").checked,
+    global: byId("global").checked,
+    topK: Number(byId("top-k").value),
+    score: byId("score").value,
+  };
+}
+
+function filtered(entries, classId, patient, chosen) {
+  const seen = new Set();
+  const kept = [];
+  for (const entry of entries) {
+    const name = SLICES.patient[columnSlice(entry.column)];
+    if (chosen.trainClass && columnClass(entry.column) !== chosen.trainClass) continue;
+    if (!chosen.samePatient && name === patient) continue;
+    if (!chosen.global && isGlobal(classId, entry.column)) continue;
+    if (chosen.onePerPatient && seen.has(name)) continue;
+    seen.add(name);
+    kept.push(entry);
+    if (kept.length === chosen.topK) break;
+  }
+  return kept;
+}
+
+// The view
+
+function buildExplain() {
+  const patients = [...new Set(DATA.queries.map((query) => SLICES.patient[query.slice]))];
+  byId("patient").replaceChildren(...patients.map((name) => option(name, name)));
+  byId("train-class").append(option(0, "any"), ...classIds().map((c) => option(c, className(c))));
+  const sizes = [...new Set([5, 10, 20, DATA.topK])].sort((a, b) => a - b);
+  byId("top-k").append(...sizes.map((size) => option(size, `${size} each`)));
+  byId("top-k").value = DATA.topK;
+  byId("score").value = DATA.score;
+  byId("score").disabled = !TRAIN_NORM;
+  buildTools();
+  const modalities = DATA.modalities.map((name, channel) => {
+    const pane = new Pane({ sharp: Math.max(2, Math.round(480 / SIZE)), caption: name, onclick: chooseByClick });
+    pane.modality = channel;
+    pane.element.addEventListener("dblclick", () => chooseModality(channel));
+    return pane;
+  });
+  byId("query-panes").append(...modalities.map((pane) => pane.element));
+  byId("query-panes").style.setProperty("--columns", Math.min(2, modalities.length));
+  buildExplain.panes = modalities;
+  makeNavigable(document.querySelector(".viewer"));
+  byId("patient").addEventListener("change", (event) => choosePatient(event.target.value));
+  byId("slice").addEventListener("input", (event) => chooseQuery(queriesOf(patientOf(CHOICE.query))[event.target.value]));
+  byId("previous-slice").addEventListener("click", () => stepSlice(-1));
+  byId("next-slice").addEventListener("click", () => stepSlice(1));
+  byId("download").addEventListener("click", downloadRanking);
+  for (const id of ["score", "train-class", "top-k", "one-per-patient", "same-patient", "global"]) {
+    byId(id).addEventListener("change", showRankings);
+  }
+}
+
+const patientOf = (query) => SLICES.patient[DATA.queries[query].slice];
+
+function queriesOf(patient) {
+  return [...DATA.queries.keys()].filter((query) => patientOf(query) === patient);
+}
+
+// A patient's slice with the largest region is a better start than the first.
+function choosePatient(patient, classId = CHOICE.classId) {
+  const mine = queriesOf(patient);
+  const pixels = (query) => REGIONS.pixels[regionPlace(DATA.queries[query].slice, classId)];
+  return chooseQuery(mine.reduce((best, query) => (pixels(query) > pixels(best) ? query : best), mine[0]));
+}
+
+function stepSlice(step) {
+  const mine = queriesOf(patientOf(CHOICE.query));
+  const place = mine.indexOf(CHOICE.query) + step;
+  if (place >= 0 && place < mine.length) chooseQuery(mine[place]);
+}
+
+function stepPatient(step) {
+  const names = [...byId("patient").options].map((one) => one.value);
+  const place = names.indexOf(patientOf(CHOICE.query)) + step;
+  if (place >= 0 && place < names.length) choosePatient(names[place]);
+}
+
+function chooseQuery(query) {
+  CHOICE.query = query;
+  CHOICE.card = null;
+  return showQuery();
+}
+
+function chooseClass(classId) {
+  CHOICE.classId = classId;
+  CHOICE.card = null;
+  return showQuery();
+}
+
+function chooseByClick(event, pane) {
+  const classId = wasDragged() ? 0 : pane.classAt(event);
+  if (classId) chooseClass(classId);
+}
+
+function chooseModality(channel) {
+  VIEW.modality = channel;
+  showComparison();
+  redrawPanes();
+}
+
+function showQuery() {
+  const slice = currentSlice();
+  const mine = queriesOf(SLICES.patient[slice]);
+  byId("patient").value = SLICES.patient[slice];
+  Object.assign(byId("slice"), { max: mine.length - 1, value: mine.indexOf(CHOICE.query) });
+  byId("slice-name").textContent = `slice ${SLICES.index[slice]} (${mine.indexOf(CHOICE.query) + 1} of ${mine.length})`;
+  byId("classes").replaceChildren(...classIds().map((classId) => classChip(slice, classId)));
+  for (const pane of buildExplain.panes) pane.show(slice, CHOICE.classId);
+  byId("facts").replaceChildren(...queryFacts(slice, CHOICE.classId));
+  return showRankings();
+}
+
+function classChip(slice, classId) {
+  const chosen = classId === CHOICE.classId;
+  const there = regionExists(slice, classId);
+  return h(`button.chip${chosen ? ".chosen" : ""}${there ? "" : ".empty"}`, {
+    role: "radio", "aria-checked": String(chosen), dataset: { class: classId },
+    title: there ? `Explain ${className(classId)} (${classId})` : "no region of this class on this slice",
+    onclick: () => chooseClass(classId),
+  }, swatch(classId), className(classId));
+}
+
+function queryFacts(slice, classId) {
+  const place = regionPlace(slice, classId);
+  if (!regionExists(slice, classId)) {
+    const there = classIds().filter((other) => regionExists(slice, other)).map(className).join(", ") || "none";
+    return [message(`The network predicts no ${className(classId)} with more than ${percent(DATA.threshold)} confidence ` +
+      `here: there is nothing to explain. Regions on this slice: ${there}.`)];
+  }
+  const facts = [h("span", {}, `${REGIONS.pixels[place]} pixels`)];
+  if (SLICES.labelled[slice]) {
+    facts.push(
+      h("span", { title: "Of the whole prediction of this class on this slice" }, "Dice ", h("b", { dataset: { testid: "dice" } }, fixed(sliceDice(slice, classId)))),
+      h("span", { title: "Soft Dice of the region: the score that is differentiated" }, "region Dice ", h("b", {}, fixed(REGIONS.dice[place]))),
+      h("span", { title: "Share of the region that is annotated as this class" }, "overlap ", h("b", { dataset: { testid: "overlap" } }, fixed(REGIONS.overlap[place]))),
+    );
+  } else {
+    facts.push(h("span.warning", {}, "No ground truth: the network's own prediction stands in for it."));
+  }
+  if (isLowOverlap(slice, classId)) {
+    facts.push(h("span.warning", {}, "Low overlap: score and gradient are near 0, and the ranking says little."));
+  }
+  return facts;
+}
+
+async function showRankings() {
+  const { query, classId } = CHOICE;
+  const slice = currentSlice();
+  clearCards();
+  if (!regionExists(slice, classId)) {
+    byId("rankings").replaceChildren(message("Nothing to explain: this region does not exist."));
+    byId("links").replaceChildren();
+    showComparison();
+    return;
+  }
+  let rows;
+  try {
+    rows = await loadInfluence(slice);
+  } catch (error) {
+    reportError(error);
+    return;
+  }
+  if (query !== CHOICE.query || classId !== CHOICE.classId) return; // overtaken by another choice
+  clearCards();
+  const chosen = filters();
+  const ranked = rankedRegions(query, classId, scoresOf(query, classId, rows), chosen.score);
+  byId("rankings").replaceChildren(...LISTS.map(({ key, title, text }) => {
+    const entries = filtered(ranked[key], classId, SLICES.patient[slice], chosen);
+    const row = h("ol.cards", { dataset: { testid: key } }, entries.map((entry) => buildCard(key, entry, chosen.score)));
+    return h("section.ranking", {}, h("h2", {}, title, h("small", {}, text)),
+      entries.length ? row : message("No train region passes the filters."));
+  }));
+  showLinks();
+  showComparison();
+}
+
+function clearCards() {
+  for (const card of cards) card.pane.remove();
+  cards = [];
+}
+
+function buildCard(list, entry, score) {
+  const slice = columnSlice(entry.column);
+  const classId = columnClass(entry.column);
+  const pane = new Pane({ marks: false });
+  const number = cards.length;
+  const sign = { proponents: "+", neutral: "○", opponents: "−" }[list];
+  const element = h("li.card", {
+    tabindex: 0, title: cardTitle(entry),
+    dataset: {
+      testid: "card", list, rank: entry.rank, localRank: entry.localRank, influence: entry.influence, cosine: entry.cosine,
+      slice: SLICES.row[slice], class: classId, patient: SLICES.patient[slice],
+    },
+    onclick: () => chooseCard(number),
+    onkeydown: (event) => event.key === "Enter" && chooseCard(number),
+  },
+  pane.element,
+  h("div.line", {}, h("b.score", {}, shown(score === "cosine" ? entry.cosine : entry.influence)),
+    h("span.rank", {}, list === "neutral" ? sign : `${sign}${shownRank(entry)}`)),
+  h("div.line", {}, withClass(classId), h("small", {}, score === "cosine" ? shown(entry.influence, 2) : `cos ${fixed(entry.cosine)}`)),
+  h("div.line.where", {}, `${shortName(SLICES.patient[slice])} · ${SLICES.index[slice]}`),
+  h("div.marks", {}, cardMarks(slice, classId, entry.column)));
+  pane.show(slice, classId);
+  cards.push({ ...entry, list, element, pane, slice, classId });
+  return element;
+}
+
+// Among what may be shown: global explainers count only where they are.
+const shownRank = (entry) => (byId("global").checked ? entry.rank : entry.localRank);
+
+function cardTitle(entry) {
+  const slice = columnSlice(entry.column);
+  return `${SLICES.patient[slice]}, slice ${SLICES.index[slice]}, ${className(columnClass(entry.column))}\n` +
+    `influence ${shown(entry.influence, 5)}, cosine ${fixed(entry.cosine, 3)}\nrank ${entry.rank} with global explainers`;
+}
+
+function cardMarks(slice, classId, column) {
+  const marks = [];
+  if (isGlobal(CHOICE.classId, column)) {
+    marks.push(h("span.mark", { title: `Global explainer: in ${percent(listShare(CHOICE.classId, column))} of the lists of ` +
+      className(CHOICE.classId) }, "global"));
+  }
+  if (isLowOverlap(slice, classId)) {
+    marks.push(h("span.mark", { title: "Little of this region is annotated as its class: its gradient is near 0" }, "low overlap"));
+  }
+  if (SLICES.patient[slice] === SLICES.patient[currentSlice()]) marks.push(h("span.mark", {}, "same patient"));
+  return marks;
+}
+
+function chooseCard(number) {
+  CHOICE.card = CHOICE.card === number ? null : number;
+  showComparison();
+}
+
+function stepCard(step) {
+  if (!cards.length) return;
+  const next = CHOICE.card === null ? (step > 0 ? 0 : cards.length - 1) : CHOICE.card + step;
+  if (next < 0 || next >= cards.length) return;
+  CHOICE.card = next;
+  showComparison();
+  cards[next].element.scrollIntoView({ block: "nearest", inline: "nearest" });
+}
+
+// Comparison: query and card side by side in one modality, and all modalities in small below.
+
+function showComparison() {
+  const card = CHOICE.card === null ? undefined : cards[CHOICE.card];
+  for (const [number, one] of cards.entries()) one.element.classList.toggle("chosen", number === CHOICE.card);
+  const box = byId("comparison");
+  box.hidden = !card;
+  byId("query-panes").hidden = Boolean(card);
+  for (const pane of showComparison.panes || []) pane.remove();
+  showComparison.panes = [];
+  if (!card) return;
+  box.replaceChildren(
+    comparedSide(currentSlice(), CHOICE.classId, "This patient", chooseByClick),
+    comparedSide(card.slice, card.classId, cardName(card), null),
+    comparedFacts(card),
+  );
+}
+
+function cardName(card) {
+  const names = { proponents: "Proponent", neutral: "Neutral", opponents: "Opponent" };
+  return card.list === "neutral" ? "Neutral region" : `${names[card.list]} ${shownRank(card)}`;
+}
+
+function comparedSide(slice, classId, title, onclick) {
+  const large = new Pane({ sharp: Math.max(2, Math.round(480 / SIZE)), caption: DATA.modalities[VIEW.modality], onclick });
+  const small = DATA.modalities.map((name, channel) => {
+    const pane = new Pane({ caption: name, marks: false, onclick: () => chooseModality(channel) });
+    pane.modality = channel;
+    pane.element.classList.toggle("chosen", channel === VIEW.modality);
+    return pane;
+  });
+  showComparison.panes.push(large, ...small);
+  for (const pane of [large, ...small]) pane.show(slice, classId);
+  return h("figure", {}, h("figcaption", {}, h("b", {}, title), ` ${shortName(SLICES.patient[slice])} · ${SLICES.index[slice]} · `, withClass(classId)),
+    large.element, h("div.strip", {}, small.map((pane) => pane.element)));
+}
+
+function comparedFacts(card) {
+  const place = regionPlace(card.slice, card.classId);
+  const links = orderedFeatures(CHOICE.classId)
+    .filter((feature) => DATA.features.predictive[CHOICE.classId - 1].includes(feature))
+    .map((feature) => [feature, similarity(currentSlice(), CHOICE.classId, card.slice, card.classId, feature)])
+    .filter(([, value]) => !Number.isNaN(value)).sort((a, b) => b[1] - a[1]);
+  const linked = links.slice(0, 4).map(([feature, value]) => `feature ${feature} (${fixed(value)})`).join(", ");
+  return h("p.facts.compared", {},
+    h("span", {}, "influence ", h("b", {}, shown(card.influence))), h("span", {}, "cosine ", h("b", {}, fixed(card.cosine))),
+    h("span", {}, "overlap ", h("b", {}, fixed(REGIONS.overlap[place]))),
+    h("span", {}, "Dice ", h("b", {}, fixed(sliceDice(card.slice, card.classId)))),
+    h("span", {}, linked ? `linked by ${linked}` : "no predictive feature links the two"),
+    h("button", { id: "close-comparison", title: "Esc", onclick: () => chooseCard(CHOICE.card) }, "Close"));
+}
+
+// Links: eq. 7 of every feature, query against each card.
+
+function showLinks() {
+  const features = orderedFeatures(CHOICE.classId);
+  const predictive = new Set(DATA.features.predictive[CHOICE.classId - 1]);
+  const heads = features.map((feature) => {
+    const mapped = DATA.images && DATA.features.mapped.includes(feature);
+    const about = `feature ${feature}${predictive.has(feature) ? ", predictive" : ""}${mapped ? ": show its map" : ""}`;
+    return h(`th${predictive.has(feature) ? ".predictive" : ""}`, { scope: "col", title: about }, mapped
+      ? h("button", { dataset: { feature }, onclick: () => chooseFeature(VIEW.feature === feature ? null : feature) }, String(feature))
+      : String(feature));
+  });
+  const rows = cards.map((card, number) => h(`tr.${card.list}`, { onclick: () => chooseCard(number) },
+    h("th", { scope: "row" }, `${{ proponents: "+", neutral: "○", opponents: "−" }[card.list]} ${shortName(SLICES.patient[card.slice])} · ${SLICES.index[card.slice]}`),
+    features.map((feature) => linkCell(card, feature))));
+  const note = DATA.features.known
+    ? predictive.size ? "Predictive features of this class come first, underlined." : "No feature is predictive for this class."
+    : "Which features are predictive is not known: this run has no test queries.";
+  byId("links").replaceChildren(h("section", {}, h("h2", {}, "Features that link query and train region",
+    h("small", {}, "similarity of their maxima (eq. 7), 0 dark to 1 bright; a number in the head shows the feature's map")),
+  h("p.note", {}, note), h("div.scroll", {}, h("table.links", { dataset: { testid: "links" } },
+    h("thead", {}, h("tr", {}, h("th"), heads)), h("tbody", {}, rows)))));
+}
+
+function linkCell(card, feature) {
+  const value = similarity(currentSlice(), CHOICE.classId, card.slice, card.classId, feature);
+  const text = Number.isNaN(value) ? "silent in both" : fixed(value, 3);
+  return h("td", { style: Number.isNaN(value) ? "" : `background:${heat(value)}`, title: `feature ${feature}: ${text}`, dataset: { value } });
+}
+
+// Cividis in five stops: readable for colour-blind eyes, and in grey.
+const HEAT = ["#00224e", "#434e6c", "#7d7c78", "#bcaf6f", "#fee838"].map(rgb);
+
+function heat(value) {
+  const at = Math.min(1, Math.max(0, value)) * (HEAT.length - 1);
+  const low = Math.min(Math.floor(at), HEAT.length - 2);
+  const mixed = HEAT[low].map((from, channel) => Math.round(from + (HEAT[low + 1][channel] - from) * (at - low)));
+  return `rgb(${mixed.join(",")})`;
+}
+
+// CSV
+
+const CSV_HEADER = ["query_patient", "query_index", "query_slice", "query_class", "list", "rank", "local_rank", "train_patient",
+  "train_index", "train_slice", "train_class", "influence", "cosine", "overlap", "is_global", "ranked_by"];
+
+function rankingRows() {
+  const slice = currentSlice();
+  const { score } = filters();
+  return cards.map((card) => [SLICES.patient[slice], SLICES.index[slice], SLICES.row[slice], className(CHOICE.classId),
+    card.list, card.rank, card.localRank, SLICES.patient[card.slice], SLICES.index[card.slice], SLICES.row[card.slice],
+    className(card.classId), card.influence, card.cosine, REGIONS.overlap[regionPlace(card.slice, card.classId)],
+    isGlobal(CHOICE.classId, card.column), score]);
+}
+
+function downloadRanking() {
+  const slice = currentSlice();
+  const name = `${SLICES.patient[slice]}_${SLICES.index[slice]}_${className(CHOICE.classId)}`.replace(/[^\w.-]+/g, "_");
+  saveText(`${name}.csv`, csvText(CSV_HEADER, rankingRows()));
+}

@@ -1,0 +1,580 @@
+"""The report as a reader uses it, in a real browser and from disk: what it shows, what it saves, what it never does."""
+
+import base64
+import csv
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from ray_tracin.pictures import DrawSlices, encode_image, encode_runs
+from ray_tracin.report import RenderReport
+from ray_tracin.runs import Run, open_run, start_run
+from ray_tracin.stages import complete, execute_serially
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def chromium() -> str | None:
+    return os.environ.get("CHROMIUM") or next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    executable = chromium()
+    if executable is None:
+        pytest.skip(f"no browser: install Debian's `chromium`, or set CHROMIUM (looked for {', '.join(NAMES)})")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+Opener = Callable[..., Page]
+
+
+@pytest.fixture
+def look(browser: Browser) -> Iterator[Opener]:
+    """Opens a report from disk; afterwards nothing was complained about and no network was asked."""
+    complaints: list[str] = []
+    asked: list[str] = []
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
+
+    def opened(run: Run, view: str = "explain") -> Page:
+        page = context.new_page()
+        page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((Path(run.uri) / "report/index.html").as_uri() + f"#{view}")
+        page.wait_for_selector("body[data-ready]", timeout=10_000)
+        return page
+
+    yield opened
+    context.close()
+    assert complaints == []
+    assert {urlsplit(url).scheme for url in asked} <= {"file", "data", "blob"}
+
+
+def render(run: Run, **options: Any) -> Run:
+    """The run with its report rendered anew, in this process."""
+    changed = [f"report.{name}={json.dumps(value)}" for name, value in options.items()]
+    wanted = start_run(run.uri, overrides=changed)
+    for stage in (DrawSlices(wanted), RenderReport(wanted)):
+        receipt = wanted.store.read_receipt(stage.name, "index")
+        if receipt is not None:
+            wanted.store.objects.delete([receipt.path])
+        complete(stage, execute_serially, lambda event: None)
+    return wanted
+
+
+@pytest.fixture
+def own_run(tiny_run: Run, tmp_path: Path) -> Run:
+    """A copy of the finished run that a test may change."""
+    ignored = shutil.ignore_patterns("gradients.zarr", "tiles.zarr", "figures")
+    return open_run(shutil.copytree(tiny_run.uri, tmp_path / "run", ignore=ignored))
+
+
+def rewrite(run: Run, path: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    run.store.write_table(path, change(run.store.read_table(path)), recorded=False)
+
+
+def cards(page: Page, which: str) -> list[dict[str, Any]]:
+    """What the cards of a list say: their data attributes."""
+    found = page.eval_on_selector_all(f"[data-testid={which}] > li", "all => all.map((one) => ({...one.dataset}))")
+    return [dict(card) for card in found]
+
+
+def choose(page: Page, patient: str, index: int, class_name: str) -> None:
+    page.select_option("#patient", patient)
+    choices = page.evaluate(
+        "[...DATA.queries].map((q) => [SLICES.patient[q.slice], SLICES.index[q.slice]])",
+    )
+    mine = [place for place, (name, _) in enumerate(choices) if name == patient]
+    wanted = next(place for place in mine if choices[place][1] == index) - mine[0]
+    page.evaluate("(at) => { const s = byId('slice'); s.value = at; s.dispatchEvent(new Event('input')); }", wanted)
+    page.get_by_role("radio", name=class_name, exact=True).click()
+    page.wait_for_function("(name) => document.querySelector('.chip.chosen').textContent === name", arg=class_name)
+
+
+def queried(run: Run) -> pd.DataFrame:
+    """The test query regions that exist: slice, class, patient, index."""
+    regions = run.table("regions")
+    there = regions[(regions.pixels > 0) & regions.slice.isin(run.query_slices("test"))]
+    return there.merge(run.slices[["slice", "patient", "index"]], on="slice")
+
+
+def expected(run: Run, side: str, row: int, class_id: int) -> pd.DataFrame:
+    table = run.table(side)
+    mine = (table.query_set == "test") & (table.query_slice == row) & (table.query_class == class_id)
+    return table[mine].sort_values("rank")
+
+
+def assert_lists_equal_the_tables(page: Page, run: Run, row: int, class_id: int, top_k: int) -> None:
+    page.locator("#global").check()
+    for side in ("proponents", "opponents"):
+        table = expected(run, side, row, class_id).head(top_k)
+        shown = cards(page, side)
+        assert [int(card["slice"]) for card in shown] == table.train_slice.tolist()
+        assert [int(card["class"]) for card in shown] == table.train_class.tolist()
+        assert [int(card["rank"]) for card in shown] == table["rank"].tolist()
+        assert [int(card["localRank"]) for card in shown] == table.local_rank.tolist()
+        assert [float(card["influence"]) for card in shown] == table.influence.tolist(), "the very float32"
+        np.testing.assert_array_equal([float(card["cosine"]) for card in shown], table.cosine)
+
+
+def test_scores_are_those_of_the_tables(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run)
+    found = queried(tiny_run)
+    assert found["class"].nunique() > 1
+    for line in found.itertuples():
+        choose(page, line.patient, line.index, tiny_run.classes[line._2 - 1])
+        assert_lists_equal_the_tables(page, tiny_run, line.slice, line._2, 10)
+        assert page.locator("[data-testid=overlap]").text_content() == f"{line.overlap:.2f}"
+
+
+def test_filters_show_what_the_tensor_says(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run)
+    line = queried(tiny_run).iloc[0]
+    choose(page, line.patient, line["index"], tiny_run.classes[line["class"] - 1])
+    page.locator("#global").check()
+    every = pd.read_parquet(Path(tiny_run.uri) / "tables/influence")
+    mine = every[(every.query_set == "test") & (every.query_slice == line.slice)]
+    mine = mine[mine.query_class.astype(int) == line["class"]]
+    mine = mine.merge(tiny_run.slices[["slice", "patient"]], left_on="train_slice", right_on="slice")
+    page.select_option("#train-class", "2")
+    of_class = mine[mine.train_class == 2].sort_values(["influence", "train_slice"], ascending=[False, True])
+    assert [int(card["slice"]) for card in cards(page, "proponents")] == of_class.train_slice.head(10).tolist()
+    page.locator("#one-per-patient").check()
+    first = of_class.drop_duplicates("patient").head(10)
+    assert [int(card["slice"]) for card in cards(page, "proponents")] == first.train_slice.tolist()
+    page.select_option("#top-k", "5")
+    assert len(cards(page, "opponents")) == min(5, of_class.patient.nunique())
+    page.select_option("#score", "cosine")
+    assert page.locator("[data-testid=opponents] > li").first.get_attribute("data-cosine") is not None
+    cosines = [float(card["cosine"]) for card in cards(page, "proponents")]
+    assert cosines == sorted(cosines, reverse=True)
+    regions = tiny_run.table("regions").set_index(["slice", "class"])
+    neutral = cards(page, "neutral")
+    assert neutral
+    assert all(regions.overlap[int(card["slice"]), int(card["class"])] >= 0.1 for card in neutral)
+
+
+def test_a_click_on_a_region_chooses_its_class(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run)
+    masks = tiny_run.store.read("regions.zarr/mask")
+    found = queried(tiny_run)
+    row = found.groupby("slice")["class"].nunique().idxmax()
+    here = found[found.slice == row]
+    assert len(here) > 1, "a slice with two regions"
+    for line in here[::-1].itertuples():
+        other = next(c for c in here["class"] if c != line._2)
+        choose(page, line.patient, line.index, tiny_run.classes[other - 1])
+        y, x = np.argwhere(masks[row, line._2 - 1])[0]
+        box = page.locator("#query-panes .pane").first.bounding_box()
+        assert box is not None
+        side = tiny_run.config.data.size
+        page.mouse.click(box["x"] + (x + 0.5) / side * box["width"], box["y"] + (y + 0.5) / side * box["height"])
+        chosen = page.locator(".chip.chosen")
+        assert chosen.text_content() == tiny_run.classes[line._2 - 1]
+
+
+def test_keys_go_through_slices_classes_and_cards(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run)
+    line = queried(tiny_run).iloc[0]
+    choose(page, line.patient, line["index"], tiny_run.classes[line["class"] - 1])
+    page.locator("h1").click()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    second = page.locator("[data-testid=proponents] > li").nth(1)
+    assert "chosen" in (second.get_attribute("class") or "")
+    assert page.locator("#comparison").is_visible()
+    assert "Proponent 2" in (page.locator("#comparison").text_content() or "")
+    page.keyboard.press("Escape")
+    assert page.locator("#comparison").is_hidden()
+    before = page.locator("#slice-name").text_content()
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowDown")
+    assert page.locator("#slice-name").text_content() == before
+    page.keyboard.press("ArrowDown" if "4 of 4" in (before or "") else "ArrowUp")
+    assert page.locator("#slice-name").text_content() != before
+    page.keyboard.press("2")
+    assert page.locator(".chip.chosen").text_content() == "ED"
+
+
+def canvas(page: Page, which: str) -> np.ndarray:
+    """RGBA of a canvas of the first pane."""
+    script = """(which) => {
+      const c = document.querySelector(`#query-panes .pane canvas.${which}`);
+      return [c.width, [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data]];
+    }"""
+    width, values = page.evaluate(script, which)
+    return np.asarray(values, dtype=np.uint8).reshape(-1, width, 4)
+
+
+def test_pictures_and_overlays_are_of_the_slice(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run)
+    line = queried(tiny_run).iloc[-1]
+    name = tiny_run.classes[line["class"] - 1]
+    choose(page, line.patient, line["index"], name)
+    page.wait_for_selector(f"#query-panes .pane[data-drawn='{line.slice} t1']")
+    grey = canvas(page, "image")[..., 0].astype(float)
+    true = (tiny_run.images([int(line.slice)])[0, 0] + 1) * 127.5
+    assert np.abs(grey - true).mean() < 8, "rows from anterior, columns from the patient's right"
+    assert np.abs(grey[:, ::-1] - true).mean() > 8
+    for box in ("truth", "others"):
+        page.locator(f"#overlay-{box}").uncheck()
+    mask = tiny_run.store.read("regions.zarr/mask")[line.slice, line["class"] - 1]
+    painted = canvas(page, "overlay")
+    sharp = painted.shape[0] // len(mask)
+    alpha = painted[sharp // 2 :: sharp, sharp // 2 :: sharp, 3]
+    strongest = alpha == alpha.max()
+    np.testing.assert_array_equal(strongest, mask)
+    page.locator("#overlay-prediction").uncheck()
+    assert not canvas(page, "overlay").any()
+    page.locator("#overlay-truth").check()
+    assert canvas(page, "overlay").any() == bool((tiny_run.labels([int(line.slice)]) == line["class"]).any())
+    page.select_option("#feature-map", index=1)
+    page.wait_for_function("byId('feature-map').value !== ''")
+    page.wait_for_timeout(100)
+    assert canvas(page, "maps").any()
+
+
+def test_window_and_zoom_reach_every_pane(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run)
+    page.evaluate("() => { const w = byId('view-window'); w.value = 0.5; w.dispatchEvent(new Event('input')); }")
+    slopes = page.eval_on_selector_all(
+        "#window feComponentTransfer > *",
+        "all => all.map((f) => [f.getAttribute('slope'), f.getAttribute('intercept')])",
+    )
+    assert slopes == [["2", "-0.5"]] * 3, "grey 0.25 to 0.75 become black to white"
+    pane = page.locator("#query-panes .pane").first
+    pane.hover()
+    page.mouse.wheel(0, -500)
+    page.wait_for_function("getComputedStyle(document.documentElement).getPropertyValue('--zoom') > 1.5")
+    wide = page.locator("#query-panes .stage").first.bounding_box()
+    box = pane.bounding_box()
+    assert wide is not None
+    assert box is not None
+    assert wide["width"] > 1.5 * box["width"]
+    page.keyboard.press("0")
+    page.wait_for_function("getComputedStyle(document.documentElement).getPropertyValue('--zoom') == 1")
+
+
+def saved(page: Page, button: str) -> list[dict[str, str]]:
+    with page.expect_download() as waiting:
+        page.locator(button).click()
+    return list(csv.DictReader(io.StringIO(Path(waiting.value.path()).read_text())))
+
+
+def test_the_ranking_is_saved_as_shown(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run)
+    line = queried(tiny_run).iloc[0]
+    choose(page, line.patient, line["index"], tiny_run.classes[line["class"] - 1])
+    page.locator("#global").check()
+    rows = saved(page, "#download")
+    assert [row["list"] for row in rows] == [card for card in ("proponents", "neutral", "opponents") for _ in range(10)]
+    for side in ("proponents", "opponents"):
+        mine = [row for row in rows if row["list"] == side]
+        table = expected(tiny_run, side, line.slice, line["class"]).head(10)
+        assert [float(row["influence"]) for row in mine] == table.influence.tolist()
+        assert [row["train_patient"] for row in mine] == table.train_patient.tolist()
+        assert [row["is_global"] == "true" for row in mine] == table.is_global.tolist()
+        assert {row["query_patient"] for row in mine} == {line.patient}
+
+
+def test_similarities_are_those_of_the_maxima(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run)
+    line = queried(tiny_run).iloc[0]
+    choose(page, line.patient, line["index"], tiny_run.classes[line["class"] - 1])
+    maxima = tiny_run.store.read("features.zarr/maxima").astype(np.float64)
+    query = maxima[line.slice, line["class"] - 1]
+    shown = cards(page, "proponents")[0]
+    train = maxima[int(shown["slice"]), int(shown["class"]) - 1]
+    order = page.evaluate("orderedFeatures(CHOICE.classId)")
+    with np.errstate(invalid="ignore"):
+        similar = (query * train / np.maximum(np.abs(query), np.abs(train)) ** 2)[order]
+    row = page.eval_on_selector_all(
+        "[data-testid=links] tbody tr:first-child td", "all => all.map((one) => Number(one.dataset.value))"
+    )
+    np.testing.assert_allclose(row, similar, rtol=1e-12)
+
+
+def test_the_review_list_starts_with_the_worst(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run, "curate")
+    page.locator("#review-signs").uncheck()
+    page.select_option("#review-sort", "selfInfluence")
+    table = tiny_run.table("self_influence").sort_values("rank")
+    shown = page.eval_on_selector_all(
+        "[data-testid=review]", "all => all.map((r) => [+r.dataset.slice, +r.dataset.class])"
+    )
+    assert shown[:20] == table[["train_slice", "train_class"]].head(20).to_numpy().tolist()
+    page.locator("[data-testid=review] input").nth(2).check()
+    rows = saved(page, "#review-export")
+    assert len(rows) == 1
+    assert float(rows[0]["self_influence"]) == table.self_influence.iloc[2]
+
+
+def test_the_matrix_tells_its_cells(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run, "model")
+    matrix = tiny_run.store.read("influence.zarr/train")
+    side = matrix.shape[2]
+    box = page.locator("[data-testid=matrix]").bounding_box()
+    assert box is not None
+    row, column = np.argwhere(~np.isnan(matrix.reshape(side, side)))[5]
+    page.mouse.move(box["x"] + (column + 0.5) / side * box["width"], box["y"] + (row + 0.5) / side * box["height"])
+    text = page.locator("[data-testid=matrix-value]").text_content() or ""
+    value = float(text.split("influence ")[1].replace("−", "-"))
+    assert value == pytest.approx(float(matrix.reshape(side, side)[row, column]), rel=1e-5)
+    assert page.locator("#model").get_by_text("predictive").count() > 0
+
+
+def test_the_page_says_how_it_was_made(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run, "run")
+    text = page.locator("#run").text_content() or ""
+    assert "the final network, for all checkpoints" in text
+    assert f"ray-tracin nifti --run {tiny_run.uri}" in text
+    assert "No case was skipped" in text
+    notice = page.locator("[data-testid=notice]").text_content() or ""
+    assert "Research use only" in notice
+    assert "All patients are synthetic" in notice
+    page.locator("summary", has_text="Configuration").click()
+    assert page.locator("[data-testid=config]").text_content() == tiny_run.config.to_yaml()
+
+
+# What is absent
+
+
+def test_a_class_that_is_never_predicted_says_so(own_run: Run, look: Opener) -> None:
+    n = len(own_run.train_slices)
+    for name in ("train", "test"):
+        tensor = own_run.store.read(f"influence.zarr/{name}")
+        tensor[2], tensor[:, :, 2 * n :] = np.nan, np.nan
+        own_run.store.write(f"influence.zarr/{name}", tuple(slice(0, length) for length in tensor.shape), tensor)
+    absent = {"pixels": 0, "overlap": np.nan, "dice": np.nan}
+
+    def drop(table: pd.DataFrame) -> pd.DataFrame:
+        table.loc[table["class"] == 3, list(absent)] = list(absent.values())
+        return table
+
+    rewrite(own_run, "regions.parquet", drop)
+    rewrite(own_run, "tables/self_influence.parquet", lambda table: table[table.train_class != 3])
+    page = look(render(open_run(own_run.uri)))
+    page.get_by_role("radio", name="ET", exact=True).click()
+    assert "The network predicts no ET with more than 50 % confidence here" in page.locator("#facts").inner_text()
+    assert page.locator("#rankings .card").count() == 0
+    page.get_by_role("radio", name="ED", exact=True).click()
+    page.select_option("#train-class", "3")
+    assert page.locator("#rankings .card").count() == 0
+    assert page.get_by_text("No train region passes the filters.").count() == 3
+    page.locator("#tab-curate").click()
+    page.select_option("#review-class", "3")
+    assert "pixels are annotated ET; the network is confident of none" in page.locator("#review-table").inner_text()
+
+
+HOSTILE = (
+    '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked=2">',
+    'O\'Brien & "Sons" <b>',
+    "=cmd|' /C calc'!A1\u2028{{ 7 * 7 }}",
+)
+
+
+def test_hostile_names_are_only_names(own_run: Run, look: Opener) -> None:
+    patients = sorted(own_run.slices.patient.unique())
+    names = dict(zip(patients, [*HOSTILE, *HOSTILE][: len(patients)], strict=True))
+    names = {patient: f"{name} {number}" for number, (patient, name) in enumerate(names.items())}
+    rewrite(own_run, "slices.parquet", lambda table: table.replace({"patient": names}).assign(warnings=HOSTILE[0]))
+    skipped = pd.DataFrame({"case": HOSTILE, "path": HOSTILE, "reason": HOSTILE})
+    rewrite(own_run, "skipped.parquet", lambda _: skipped)
+    run = render(open_run(own_run.uri))
+    page = look(run)
+    line = queried(run).iloc[0]
+    choose(page, line.patient, line["index"], run.classes[line["class"] - 1])
+    assert page.locator("#patient").input_value() == line.patient
+    assert {card["patient"] for card in cards(page, "proponents")} <= set(names.values())
+    rows = saved(page, "#download")
+    assert {row["train_patient"] for row in rows} <= set(names.values())
+    for view in ("curate", "model", "run"):
+        page.locator(f"#tab-{view}").click()
+    assert HOSTILE[1] in (page.locator("#run").text_content() or "")
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("img, b:has-text('Sons')").count() == 0
+
+
+def test_without_ground_truth_it_says_whose_labels_stand_in(own_run: Run, look: Opener) -> None:
+    rows = own_run.query_slices("test")
+    for path in ("slices.parquet", "regions.parquet"):
+        rewrite(own_run, path, lambda table: table.assign(labelled=table.labelled & ~table.slice.isin(rows)))
+    page = look(render(open_run(own_run.uri)))
+    line = queried(own_run).iloc[0]
+    choose(page, line.patient, line["index"], own_run.classes[line["class"] - 1])
+    facts = page.locator("#facts").text_content() or ""
+    assert "No ground truth: the network's own prediction stands in for it" in facts
+    assert "Dice" not in facts
+    page.locator("#tab-run").click()
+    assert f"{len(rows)} slices have none" in (page.locator("#run").text_content() or "")
+
+
+def test_without_a_predictive_feature_it_says_so(own_run: Run, look: Opener) -> None:
+    rewrite(own_run, "tables/feature_trends.parquet", lambda table: table.assign(predictive=False))
+    rewrite(own_run, "tables/feature_set_impact.parquet", lambda table: table.iloc[:0])
+    page = look(render(own_run))
+    assert "No feature is predictive for this class" in (page.locator("#links").text_content() or "")
+    page.locator("#tab-model").click()
+    text = page.locator("#model").text_content() or ""
+    assert "there is nothing to compare" in text
+    assert f"No feature is predictive for {own_run.classes[0]}" in text
+
+
+def test_one_slice_of_one_patient(own_run: Run, look: Opener) -> None:
+    line = queried(own_run).iloc[0]
+    run = render(own_run, queries=[f"{line.patient}:{line['index']}"])
+    page = look(run)
+    assert page.locator("#patient option").count() == 1
+    assert page.locator("#slice-name").text_content() == f"slice {line['index']} (1 of 1)"
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("PageDown")
+    assert page.locator("#slice-name").text_content() == f"slice {line['index']} (1 of 1)"
+
+
+def test_a_train_slice_is_explained_without_itself(own_run: Run, look: Opener) -> None:
+    regions = own_run.table("regions")
+    there = regions[(regions.pixels > 0) & regions.slice.isin(own_run.train_slices)].iloc[0]
+    row = own_run.slices.set_index("slice").loc[there.slice]
+    page = look(render(own_run, queries=[f"{row.patient}:{row['index']}"], top_k=20))
+    page.get_by_role("radio", name=own_run.classes[there["class"] - 1], exact=True).click()
+    page.locator("#global").check()
+    table = own_run.table("proponents")
+    mine = (table.query_set == "train") & (table.query_slice == there.slice) & (table.query_class == there["class"])
+    expected = table[mine].sort_values("rank").head(20)
+    assert [float(card["influence"]) for card in cards(page, "proponents")] == expected.influence.tolist()
+    page.locator("#same-patient").uncheck()
+    assert row.patient not in {card["patient"] for card in cards(page, "proponents")}
+
+
+def test_a_name_that_is_no_query_is_refused(tiny_run: Run) -> None:
+    with pytest.raises(ValueError, match=r"report\.queries names 'nobody', which is no query of this run"):
+        RenderReport(start_run(tiny_run.uri, overrides=["report.queries=[nobody]"])).open()("index")
+
+
+# Pictures in the page, beside it, or nowhere
+
+
+def strings(values: Any) -> Iterator[str]:
+    """Every string in a JSON document."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, dict | list):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from strings(value)
+
+
+def decoded(run: Run) -> Iterator[bytes]:
+    """Every base64 text of the page, as bytes."""
+    page = (Path(run.uri) / "report/index.html").read_text()
+    documents = re.findall(r'<script type="application/json" id="\w+">(.*?)</script>', page, re.DOTALL)
+    assert len(documents) == 3
+    for document in documents:
+        for text in strings(json.loads(document)):
+            if re.fullmatch(r"[A-Za-z0-9+/]{8,}={0,2}", text) and len(text) % 4 == 0:
+                yield base64.b64decode(text)
+
+
+def is_image(data: bytes) -> bool:
+    try:
+        Image.open(io.BytesIO(data), formats=["WEBP", "PNG", "JPEG", "GIF", "BMP", "TIFF"]).verify()
+    except (OSError, SyntaxError):
+        return False
+    return True
+
+
+def test_without_images_no_pixel_is_left(own_run: Run, look: Opener) -> None:
+    labels, masks = own_run.labels(range(len(own_run.slices))), own_run.store.read("regions.zarr/mask")
+    outlines = {encode_runs(label) for label in labels if label.any()} | {
+        encode_runs(2 * (mask * np.arange(1, 4)[:, None, None]).sum(0) + mask.any(0)) for mask in masks if mask.any()
+    }
+    whole = list(decoded(own_run))
+    assert sum(map(is_image, whole)) == 2 * len(own_run.slices), "the search finds them where they are"
+    assert outlines & set(whole)
+    run = render(own_run, images=False)
+    kept = list(decoded(run))
+    assert kept
+    assert not any(map(is_image, kept))
+    assert not outlines & set(kept)
+    pixels = own_run.config.data.size**2
+    assert all(len(data) % pixels for data in kept), "no array has the size of a slice"
+    assert [path.name for path in (Path(run.uri) / "report").rglob("*") if path.is_file()] == ["index.html"]
+    page = look(run)
+    assert "Images are left out" in (page.locator("[data-testid=notice]").text_content() or "")
+    line = queried(run).iloc[0]
+    choose(page, line.patient, line["index"], run.classes[line["class"] - 1])
+    assert_lists_equal_the_tables(page, run, line.slice, line["class"], 10)
+    for view in ("curate", "model", "run"):
+        page.locator(f"#tab-{view}").click()
+    drawn = page.eval_on_selector_all(
+        ".pane canvas",
+        "all => all.some((c) => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(Boolean))",
+    )
+    assert drawn is False
+
+
+def test_large_reports_keep_pictures_beside_the_page(own_run: Run, look: Opener) -> None:
+    inline = (Path(own_run.uri) / "report/index.html").stat().st_size
+    run = render(own_run, inline_megabytes=0)
+    folder = Path(run.uri) / "report"
+    assert (folder / "index.html").stat().st_size < inline
+    assert len(list(folder.glob("assets/slice_*.webp"))) == len(run.slices)
+    assert len(list(folder.glob("assets/influence_*.js"))) == len(run.query_slices("test"))
+    receipt = run.store.read_receipt("report", "index")
+    assert receipt is not None
+    listed = {file.path for file in receipt.files}
+    assert listed == {str(path.relative_to(run.uri)) for path in folder.rglob("*") if path.is_file()}
+    page = look(run)
+    line = queried(run).iloc[0]
+    choose(page, line.patient, line["index"], run.classes[line["class"] - 1])
+    assert_lists_equal_the_tables(page, run, line.slice, line["class"], 10)
+    page.wait_for_selector(f"#query-panes .pane[data-drawn='{line.slice} t1']")
+    again = render(run, inline_megabytes=6)
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["index.html"], (
+        "what an earlier report left is gone"
+    )
+    assert again.store.read_receipt("report", "index") is not None
+
+
+# Encodings
+
+
+def decode_runs(data: bytes, shape: tuple[int, int]) -> np.ndarray:
+    numbers, value, shift = [], 0, 0
+    for byte in data:
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            numbers.append(value)
+            value = shift = 0
+    return np.repeat(numbers[::2], numbers[1::2]).reshape(shape)
+
+
+def test_runs_hold_any_label_map() -> None:
+    generator = np.random.default_rng(0)
+    for largest in (1, 3, 127, 128, 511):
+        labels = np.repeat(generator.integers(0, largest + 1, (40, 6)), 7, axis=1)
+        np.testing.assert_array_equal(decode_runs(encode_runs(labels), labels.shape), labels)
+    assert encode_runs(np.zeros((192, 192), dtype=np.uint8)) == bytes([0, 0x80, 0xA0, 0x02])
+
+
+def test_a_picture_has_its_modalities_side_by_side() -> None:
+    image = np.linspace(-1, 1, 4, dtype=np.float32)[:, None, None] * np.ones((4, 32, 32), dtype=np.float32)
+    strip = np.asarray(Image.open(io.BytesIO(encode_image(image))).convert("L"))
+    assert strip.shape == (32, 128)
+    np.testing.assert_allclose(strip[16, [16, 48, 80, 112]], [0, 85, 170, 255], atol=4)
