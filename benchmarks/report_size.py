@@ -1,6 +1,6 @@
 """How large the report of a paper-size run is, and how soon and with how much memory a browser shows it.
 
-    python benchmarks/report_size.py FOLDER [--train 2070] [--test 520] [--size 192] [--results benchmarks/results/report.md]
+    python benchmarks/report_size.py FOLDER [--train 2070] [--test 520] [--size 192] [--results FILE.md]
 
 Writes a run of random numbers of that size into FOLDER (a disk with 4 GB free), renders its report, and opens it from
 disk with headless Chromium. Slices are phantoms, a few that repeat; tensor, tables and features are random.
