@@ -142,7 +142,7 @@ def write_tables(run: Run, generator: np.random.Generator) -> None:
     }
     write(paths.GLOBAL_EXPLAINERS, frame({**own, **shares, "is_global": shares["share_proponent"] > 0.3}))
     about = {"train_slice": slices, "train_class": classes, "patient": "", "rank": np.arange(n) + 1}
-    write(paths.SELF_INFLUENCE, frame({**about, "self_influence": generator.random(n)}))
+    write("tables/self_influence.parquet", frame({**about, "self_influence": generator.random(n)}))
     sets = [(s, q, t, 10, 1 / 3) for s in ("train", "test") for q in (1, 2, 3) for t in (1, 2, 3)]
     columns = ["query_set", "query_class", "train_class", "count", "share"]
     write("tables/proponent_classes.parquet", frame(sets, columns=columns))

@@ -216,10 +216,12 @@ def canvas(page: Page, which: str) -> np.ndarray:
     """RGBA of a canvas of the first pane."""
     script = """(which) => {
       const c = document.querySelector(`#query-panes .pane canvas.${which}`);
-      return [c.width, [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data]];
+      let text = "";
+      for (const value of c.getContext("2d").getImageData(0, 0, c.width, c.height).data) text += String.fromCharCode(value);
+      return [c.width, btoa(text)];
     }"""
     width, values = page.evaluate(script, which)
-    return np.asarray(values, dtype=np.uint8).reshape(-1, width, 4)
+    return np.frombuffer(base64.b64decode(values), dtype=np.uint8).reshape(-1, width, 4)
 
 
 def test_pictures_and_overlays_are_of_the_slice(tiny_run: Run, look: Opener) -> None:
@@ -353,6 +355,18 @@ def test_the_page_says_how_it_was_made(tiny_run: Run, look: Opener) -> None:
 
 
 # What is absent
+
+
+def test_a_region_without_a_gradient_says_so(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run)
+    norms = tiny_run.store.read("influence.zarr/norm2_test").sum(axis=0)
+    found = queried(tiny_run)
+    places = {row: place for place, row in enumerate(tiny_run.query_slices("test"))}
+    silent = [norms[c - 1, places[row]] == 0 for row, c in zip(found.slice, found["class"], strict=True)]
+    assert 0 < sum(silent) < len(found)
+    for line, none in zip(found.itertuples(), silent, strict=True):
+        choose(page, line.patient, line.index, tiny_run.classes[line._2 - 1])
+        assert ("No gradient" in page.locator("#facts").inner_text()) == none
 
 
 def test_a_class_that_is_never_predicted_says_so(own_run: Run, look: Opener) -> None:

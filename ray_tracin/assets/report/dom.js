@@ -43,7 +43,7 @@ function shown(value, digits = 3) {
 
 function fixed(value, digits = 2) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
-  return Number(value).toFixed(digits).replace("-", "−");
+  return Number(value).toFixed(digits).replace(/^-(?=[0.]*$)/, "").replace("-", "−");
 }
 
 const percent = (value) => (Number.isNaN(value) ? "–" : `${Math.round(100 * value)} %`);

@@ -185,7 +185,7 @@ function queryFacts(slice, classId) {
     return [message(`The network predicts no ${className(classId)} with more than ${percent(DATA.threshold)} confidence ` +
       `here: there is nothing to explain. Regions on this slice: ${there}.`)];
   }
-  const facts = [h("span", {}, `${REGIONS.pixels[place]} pixels`)];
+  const facts = [h("span.whose", {}, "This region"), h("span", {}, `${REGIONS.pixels[place]} pixels`)];
   if (SLICES.labelled[slice]) {
     facts.push(
       h("span", { title: "Of the whole prediction of this class on this slice" }, "Dice ", h("b", { dataset: { testid: "dice" } }, fixed(sliceDice(slice, classId)))),
@@ -195,7 +195,9 @@ function queryFacts(slice, classId) {
   } else {
     facts.push(h("span.warning", {}, "No ground truth: the network's own prediction stands in for it."));
   }
-  if (isLowOverlap(slice, classId)) {
+  if (unpack(DATA.queries[CHOICE.query].norm)[classId - 1] === 0) {
+    facts.push(h("span.warning", {}, "No gradient: every influence on this region is 0, and the order below means nothing."));
+  } else if (isLowOverlap(slice, classId)) {
     facts.push(h("span.warning", {}, "Low overlap: score and gradient are near 0, and the ranking says little."));
   }
   return facts;
@@ -255,8 +257,9 @@ function buildCard(list, entry, score) {
   pane.element,
   h("div.line", {}, h("b.score", {}, shown(score === "cosine" ? entry.cosine : entry.influence)),
     h("span.rank", {}, list === "neutral" ? sign : `${sign}${shownRank(entry)}`)),
-  h("div.line", {}, withClass(classId), h("small", {}, score === "cosine" ? shown(entry.influence, 2) : `cos ${fixed(entry.cosine)}`)),
-  h("div.line.where", {}, `${shortName(SLICES.patient[slice])} · ${SLICES.index[slice]}`),
+  h("div.line", {}, withClass(classId)),
+  h("div.line", {}, h("span.where", {}, `${shortName(SLICES.patient[slice])} · ${SLICES.index[slice]}`),
+    h("small", {}, score === "cosine" ? shown(entry.influence, 2) : `cos ${fixed(entry.cosine)}`)),
   h("div.marks", {}, cardMarks(slice, classId, entry.column)));
   pane.show(slice, classId);
   cards.push({ ...entry, list, element, pane, slice, classId });
@@ -342,12 +345,12 @@ function comparedFacts(card) {
     .filter((feature) => DATA.features.predictive[CHOICE.classId - 1].includes(feature))
     .map((feature) => [feature, similarity(currentSlice(), CHOICE.classId, card.slice, card.classId, feature)])
     .filter(([, value]) => !Number.isNaN(value)).sort((a, b) => b[1] - a[1]);
-  const linked = links.slice(0, 4).map(([feature, value]) => `feature ${feature} (${fixed(value)})`).join(", ");
-  return h("p.facts.compared", {},
+  const linked = links.slice(0, 3).map(([feature, value]) => `${feature} (${fixed(value)})`).join(", ");
+  return h("p.facts.compared", {}, h("span.whose", {}, cardName(card)),
     h("span", {}, "influence ", h("b", {}, shown(card.influence))), h("span", {}, "cosine ", h("b", {}, fixed(card.cosine))),
     h("span", {}, "overlap ", h("b", {}, fixed(REGIONS.overlap[place]))),
     h("span", {}, "Dice ", h("b", {}, fixed(sliceDice(card.slice, card.classId)))),
-    h("span", {}, linked ? `linked by ${linked}` : "no predictive feature links the two"),
+    h("span", {}, linked ? `linked by features ${linked}` : "no predictive feature links the two"),
     h("button", { id: "close-comparison", title: "Esc", onclick: () => chooseCard(CHOICE.card) }, "Close"));
 }
 
@@ -363,7 +366,8 @@ function showLinks() {
       ? h("button", { dataset: { feature }, onclick: () => chooseFeature(VIEW.feature === feature ? null : feature) }, String(feature))
       : String(feature));
   });
-  const rows = cards.map((card, number) => h(`tr.${card.list}`, { onclick: () => chooseCard(number) },
+  const isFirst = (number) => number > 0 && cards[number - 1].list !== cards[number].list;
+  const rows = cards.map((card, number) => h(`tr${isFirst(number) ? ".first" : ""}`, { onclick: () => chooseCard(number) },
     h("th", { scope: "row" }, `${{ proponents: "+", neutral: "○", opponents: "−" }[card.list]} ${shortName(SLICES.patient[card.slice])} · ${SLICES.index[card.slice]}`),
     features.map((feature) => linkCell(card, feature))));
   const note = DATA.features.known
@@ -371,7 +375,7 @@ function showLinks() {
     : "Which features are predictive is not known: this run has no test queries.";
   byId("links").replaceChildren(h("section", {}, h("h2", {}, "Features that link query and train region",
     h("small", {}, "similarity of their maxima (eq. 7), 0 dark to 1 bright; a number in the head shows the feature's map")),
-  h("p.note", {}, note), h("div.scroll", {}, h("table.links", { dataset: { testid: "links" } },
+  h("p.note", {}, note), h("div.scroll", {}, h("table.links", { dataset: { testid: "links" }, style: `--cell:${Math.max(9, Math.min(30, Math.floor(560 / FEATURES)))}px` },
     h("thead", {}, h("tr", {}, h("th"), heads)), h("tbody", {}, rows)))));
 }
 
