@@ -17,7 +17,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
+from typer.testing import CliRunner
 
+from ray_tracin.cli import app
 from ray_tracin.pictures import DrawSlices, encode_image, encode_runs
 from ray_tracin.report import RenderReport
 from ray_tracin.runs import Run, open_run, start_run
@@ -81,8 +83,7 @@ def render(run: Run, **options: Any) -> Run:
 @pytest.fixture
 def own_run(tiny_run: Run, tmp_path: Path) -> Run:
     """A copy of the finished run that a test may change."""
-    ignored = shutil.ignore_patterns("gradients.zarr", "tiles.zarr", "figures")
-    return open_run(shutil.copytree(tiny_run.uri, tmp_path / "run", ignore=ignored))
+    return open_run(shutil.copytree(tiny_run.uri, tmp_path / "run"))
 
 
 def rewrite(run: Run, path: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
@@ -217,7 +218,8 @@ def canvas(page: Page, which: str) -> np.ndarray:
     script = """(which) => {
       const c = document.querySelector(`#query-panes .pane canvas.${which}`);
       let text = "";
-      for (const value of c.getContext("2d").getImageData(0, 0, c.width, c.height).data) text += String.fromCharCode(value);
+      const {data} = c.getContext("2d").getImageData(0, 0, c.width, c.height);
+      for (const value of data) text += String.fromCharCode(value);
       return [c.width, btoa(text)];
     }"""
     width, values = page.evaluate(script, which)
@@ -563,6 +565,36 @@ def test_large_reports_keep_pictures_beside_the_page(own_run: Run, look: Opener)
         "what an earlier report left is gone"
     )
     assert again.store.read_receipt("report", "index") is not None
+
+
+# The command
+
+
+@pytest.mark.ray
+def test_the_command_renders_again_where_options_differ(own_run: Run, local_cluster: str) -> None:
+    page = Path(own_run.uri) / "report/index.html"
+    command = ["report", "--run", own_run.uri]
+
+    def invoke(*options: str) -> tuple[int, str, float]:
+        done = CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
+        return done.exit_code, done.output, page.stat().st_mtime_ns
+
+    first = page.stat().st_mtime_ns
+    code, output, second = invoke()
+    assert (code, second) == (0, first), "nothing differs"
+    assert str(page) in output.replace("\n", "")
+    code, output, third = invoke("--queries", "nobody")
+    assert (code, third) == (2, first), "a wrong name costs nothing"
+    assert "'nobody', which is no query of this run" in output
+    code, _, fourth = invoke("--no-images", "--queries", "2", "--top-k", "3")
+    assert code == 0
+    assert fourth > first
+    documents = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    data = json.loads(documents[0])
+    assert (data["images"], len(data["queries"]), data["topK"]) == (False, 2, 3)
+    done = CliRunner().invoke(app, ["run", "--run", own_run.uri], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert page.stat().st_mtime_ns == fourth, "`run` leaves a report without images as it is"
 
 
 # Encodings
