@@ -15,12 +15,14 @@ from urllib.parse import urlsplit
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import TINY
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from typer.testing import CliRunner
 
 from ray_tracin.cli import app
 from ray_tracin.pictures import DrawSlices, encode_image, encode_runs
+from ray_tracin.pipeline import STEPS, Executors, run_to
 from ray_tracin.report import RenderReport
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.stages import complete, execute_serially
@@ -481,6 +483,33 @@ def test_a_train_slice_is_explained_without_itself(own_run: Run, look: Opener) -
 def test_a_name_that_is_no_query_is_refused(tiny_run: Run) -> None:
     with pytest.raises(ValueError, match=r"report\.queries names 'nobody', which is no query of this run"):
         RenderReport(start_run(tiny_run.uri, overrides=["report.queries=[nobody]"])).open()("index")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("query_set", ["train", "test"])
+def test_a_run_of_one_query_set_and_an_unlabelled_patient(
+    patients: Path, tmp_path: Path, look: Opener, query_set: str
+) -> None:
+    root = Path(shutil.copytree(patients, tmp_path / "patients"))
+    case = sorted((root / "HGG").iterdir())[0]
+    (case / f"{case.name}_seg.nii.gz").unlink()
+    settings = [*TINY, f"data.root={root}", f"influence.query_sets=[{query_set}]"]
+    run = start_run(tmp_path / "run", preset="demo", overrides=settings)
+    run_to(run, STEPS[-1], Executors(execute_serially, execute_serially), lambda event: None)
+    page = look(run)
+    line = run.slices.set_index("slice").loc[run.query_slices(query_set)[0]]
+    assert line.patient in page.locator("#patient").inner_text()
+    assert (case.name in page.locator("#patient").inner_text()) == (query_set == "test")
+    if query_set == "test":
+        page.select_option("#patient", case.name)
+        assert page.locator("#facts").get_by_text("No ground truth").count() == 1
+    assert page.locator("#score").is_disabled() == (query_set == "test"), "cosines need norms of train regions"
+    absent = {"train": ["has no test queries"], "test": ["has no train queries", "Self-influence is not known"]}
+    for view in ("curate", "model", "run"):
+        page.locator(f"#tab-{view}").click()
+    text = page.locator("main").text_content() or ""
+    assert all(phrase in text for phrase in absent[query_set])
+    assert "4 slices have none" in text
 
 
 # Pictures in the page, beside it, or nowhere
