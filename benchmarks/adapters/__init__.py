@@ -1,0 +1,1 @@
+"""The smallest adapters that let other libraries compute the kernel of region gradients, for ``peers.py``."""
