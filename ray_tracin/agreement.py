@@ -15,7 +15,7 @@ from torch import Tensor
 class Agreement:
     """Measures of an estimate against its reference; 1 (and a difference of 0) where they are the same.
 
-    Means are over rows that have at least two train regions.
+    Rows without two different values in the reference order nothing, and don't count.
     """
 
     rows: int
@@ -35,7 +35,7 @@ def measure_agreement(estimate: Float[Tensor, "row column"], reference: Float[Te
     """How well the estimate stands in for the reference.
 
     Raises:
-        ValueError: no row has two values, or the estimate lacks a value that the reference has.
+        ValueError: no row of the reference has two different values, or the estimate lacks one of its values.
     """
     there = ~reference.isnan()
     if bool((estimate.isnan() & there).any()):
@@ -43,10 +43,12 @@ def measure_agreement(estimate: Float[Tensor, "row column"], reference: Float[Te
     rows = [
         (mine[kept].double(), other[kept].double())
         for mine, other, kept in zip(estimate, reference, there, strict=True)
-        if int(kept.sum()) > 1
+        if bool((other[kept] != other[kept][:1]).any())
     ]
     if not rows:
-        raise ValueError("no row has two values to compare: there is no query region, or a single train region")
+        raise ValueError(
+            "no row has two different values to compare: there is no query region, or a single train region"
+        )
     correlations = torch.tensor([rank_correlation(*row) for row in rows])
     squares = sum(float((mine - other).square().sum()) for mine, other in rows)
     norms = sum(float(other.square().sum()) for _, other in rows)

@@ -17,15 +17,17 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ray_tracin.answers import agreement_table, scan_lines, write_ranking
 from ray_tracin.charts import findings
 from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explanation import RegionExplanation, explain_region
 from ray_tracin.figures import DrawFigures, draw_explanation
 from ray_tracin.labelmaps import export_label_maps
 from ray_tracin.phantom import Edition
-from ray_tracin.pipeline import STEPS, Executors, StageStatus, is_prepared, run_to, status, verify
+from ray_tracin.pipeline import STEPS, Executors, StageStatus, index_sketches, is_prepared, run_to, status, verify
 from ray_tracin.planning import measure, plan_run
 from ray_tracin.progress import progress
+from ray_tracin.querying import EXACT, explain_scan
 from ray_tracin.report import PAGE, RenderReport, discard_other_report
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor, cluster, write_phantoms
@@ -306,6 +308,56 @@ def nifti_command(
         for path in export_label_maps(opened, folder, patient):
             out.print(str(path), markup=False)
         out.print("slices that the run did not cut are 0 in every map", markup=False)
+
+
+@app.command()
+def sketches(
+    run: RunOption,
+    size: Annotated[int, typer.Option(min=1, help="An axis of a gradient is projected to so many values.")] = 32,
+    overrides: SetOption = None,
+    address: AddressOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Index the training set by sketches, for `query`; measures what the index is worth on the run's own tensor."""
+    with _failing_clearly(debug):
+        with _configuring(debug):
+            opened = start_run(run, overrides=overrides or [])
+        started = time.monotonic()
+        with cluster(address), progress(out) as listen, RayExecutor() as pool:
+            index_sketches(opened, size, Executors(pool=pool, tables=pool), listen)
+        out.print(f"done in {time.monotonic() - started:.0f} s: index of size {size} in {opened.uri}", markup=False)
+        out.print(agreement_table(opened.table(f"sketch_agreement_{size}"), opened.classes))
+
+
+@app.command()
+def query(
+    run: RunOption,
+    case: Annotated[Path, typer.Option(help="Folder of a new examination (or of several), or a CSV file.")],
+    index: Annotated[
+        list[int] | None, typer.Option(help="Slices to explain; the run's own selection without it.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Index to use; the largest without it.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="From the run's gradient shards, not an index.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="How many proponents and opponents.")] = 20,
+    table: Annotated[Path | None, typer.Option("--out", help="Write the ranking: a .parquet or .csv file.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Explain a scan that isn't part of the run: the proponents and opponents of every region predicted on it."""
+    with _failing_clearly(debug):
+        with _configuring(debug):
+            opened = open_run(run)
+            if table is not None and table.suffix not in (".parquet", ".csv"):
+                raise ValueError(f"--out writes a .parquet or a .csv file, got {table}")
+        started = time.monotonic()
+        found = explain_scan(opened, case, size=EXACT if exact else size, indices=index or (), k=top)
+        for note in found.notes:
+            out.print(f"note: {note}", markup=False)
+        for line in scan_lines(found):
+            out.print(line, markup=False)
+        if table is not None:
+            write_ranking(found.ranking, table)
+            out.print(f"ranking in {table}", markup=False)
+        out.print(f"answered in {time.monotonic() - started:.1f} s", markup=False)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from ray_tracin.costs import EVENTS_KEY, StageCost, collect_events, publish_even
 from ray_tracin.explaining import CountLists, RankPatients, RankQueries, TabulateGlobalExplainers, TabulateRankings
 from ray_tracin.featuring import MapFeatures, RankFeatures, TabulateFeatures
 from ray_tracin.figures import DrawFigures
+from ray_tracin.indexing import IndexSketches, MeasureSketches, indexed_sizes
 from ray_tracin.learning import TabulateCheckpoints, Train, drop_states
 from ray_tracin.mapping import MapRegions, TabulateRegions
 from ray_tracin.pictures import DrawSlices
@@ -67,6 +68,19 @@ def run_to(run: Run, step: str, executors: Executors, listen: Listener) -> None:
     finally:
         with suppress(OSError):  # Storage that refuses has been, or will be, reported by what matters more.
             publish_events(run, stage_names(run))
+
+
+def index_sketches(run: Run, size: int, executors: Executors, listen: Listener) -> None:
+    """Complete an index of the training set by sketches of a size, and measure it on the run's tensor.
+
+    Not among the steps: who doesn't ask for an index has none.
+
+    Raises:
+        StageError: as `run_to`.
+    """
+    run_to(run, "influence", executors, listen)
+    for stage in (IndexSketches(run, size), MeasureSketches(run, size)):
+        complete(stage, executors.pool, listen)
 
 
 def _prepare(run: Run, executors: Executors, listen: Listener) -> None:
@@ -217,6 +231,7 @@ def all_stages(run: Run) -> list[Stage[Any]]:
         DrawFigures(run),
         DrawSlices(run),
         RenderReport(run),
+        *(stage for size in indexed_sizes(run) for stage in (IndexSketches(run, size), MeasureSketches(run, size))),
     ]
 
 

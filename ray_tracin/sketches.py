@@ -1,10 +1,10 @@
 """Sketches of region gradients: random projections, small enough to keep, whose inner products estimate the kernel.
 
 The one idea: the gradient of a weight is a matrix ``G`` (its first axis, by all others), and its projection on both
-sides, ``S_aᵀ G S_b``, can be had from the factors without ever making ``G``: project the points over channels, correlate
-the windows with the columns of ``S_b`` as if they were kernels, multiply the two over positions. With independent random
-signs in ``S_a`` and ``S_b``, scaled so that ``E[S Sᵀ] = 1``, the inner product of two sketches has the inner product of
-the gradients as its expectation. An axis that is no longer than the sketch's size is kept as it is.
+sides, ``S_aᵀ G S_b``, can be had from the factors without ever making ``G``: project the points over channels,
+correlate the windows with the columns of ``S_b`` as if they were kernels, multiply the two over positions. With
+independent random signs in ``S_a`` and ``S_b``, scaled so that ``E[S Sᵀ] = 1``, the inner product of two sketches has
+the inner product of the gradients as its expectation. An axis no longer than the sketch's size is kept as it is.
 
 (Two-sided projections of gradient factors: LoGra, Choe et al. 2024, arXiv 2405.13954; there without activations in
 space.) It doesn't know networks, runs or files.
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ray_tracin.layers import Layout, Segment, Shape, parameter_gradients
+from ray_tracin.correlation import Shape
+from ray_tracin.layers import Layout, Segment, parameter_gradients
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -24,7 +24,8 @@ def test_overlap_counts_both_ends():
 
 
 def test_the_same_matrix_agrees_and_absent_regions_do_not_count():
-    reference = torch.tensor([[1.0, 2.0, torch.nan], [3.0, 1.0, 2.0], [torch.nan] * 3])
+    # The last two rows order nothing: no region exists there, or nothing has an influence.
+    reference = torch.tensor([[1.0, 2.0, torch.nan], [3.0, 1.0, 2.0], [torch.nan] * 3, [0.0] * 3])
     estimate = torch.where(reference.isnan(), 5.0, 2 * reference)
     found = measure_agreement(estimate, reference)
     assert found.rows == 2
@@ -33,7 +34,7 @@ def test_the_same_matrix_agrees_and_absent_regions_do_not_count():
 
 
 def test_what_can_not_be_compared_is_refused():
-    with pytest.raises(ValueError, match="no row has two values"):
+    with pytest.raises(ValueError, match="no row has two different values"):
         measure_agreement(torch.zeros(2, 1), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="cover different regions"):
         measure_agreement(torch.full((1, 2), torch.nan), torch.zeros(1, 2))

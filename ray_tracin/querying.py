@@ -1,0 +1,313 @@
+"""The explanation of a new scan: cut as the run's own, predicted, differentiated, and multiplied with the training set.
+
+The one idea: nothing of the new scan enters the run. Its regions are gradients for as long as the question lasts; the
+training set is there as an index of sketches (an estimate, in seconds), or as the gradient shards of the run (exact).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ray_tracin.assembly import train_regions
+from ray_tracin.attribution import (
+    Differentiate,
+    differentiator,
+    gradients_path,
+    region_exists,
+    restored,
+)
+from ray_tracin.config import DataConfig, SliceSelection
+from ray_tracin.folders import Case, find_cases
+from ray_tracin.indexing import (
+    agreement_path,
+    indexed_kernel,
+    indexed_sizes,
+    learning_rates,
+    sketcher,
+)
+from ray_tracin.influence import (
+    SegmentReader,
+    rank_influence,
+    sum_checkpoints,
+    tile_kernel,
+    train_columns,
+    without_absent,
+)
+from ray_tracin.layers import Layout, Segment
+from ray_tracin.preparation import label_scheme
+from ray_tracin.regions import (
+    predicted_labels,
+    region_masks,
+    region_overlap,
+    region_pixels,
+    region_scores,
+    whole_slices,
+)
+from ray_tracin.runs import FINAL, Run, pick_device
+from ray_tracin.tiling import EXPANDED_VALUES
+from ray_tracin.vocabulary import checkpoint_name, ranges
+from ray_tracin.volumes import choose_slices, cut_slices, load_volume
+
+EXACT = 0
+"""In place of a sketch size: the gradient shards of the run."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The slices of new examinations, with the labels that scores refer to: the truth, or the network's prediction."""
+
+    table: pd.DataFrame
+    """A row a slice: case, index, labelled."""
+    images: Tensor
+    labels: Tensor
+    masks: Tensor
+    """Regions of the final network, (slice, class, h, w)."""
+    scores: Tensor
+    """Their Dice by the final network, (slice, class)."""
+
+
+@dataclass(frozen=True)
+class ScanExplanation:
+    """What the training set has to do with the regions of a new scan."""
+
+    regions: pd.DataFrame
+    """A row a region: case, index, class_id, class_name, pixels, overlap, dice, labelled."""
+    ranking: pd.DataFrame
+    """A row a region, side (proponent or opponent) and rank: case, index and class_id of the region; influence; and of
+    the train region train_slice, patient, train_index, train_class_id, train_class, overlap."""
+    size: int
+    """Of the sketches, 0 where the influence is exact."""
+    agreement: pd.DataFrame
+    """What an index of this size is worth on the run's own tensor; empty where the influence is exact."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know before believing the ranking."""
+        found = []
+        cases = self.regions.loc[~self.regions["labelled"].astype(bool), "case"].unique()
+        if len(cases):
+            found.append(f"{', '.join(cases)}: no ground truth, the network's own prediction stands in for it")
+        if self.size:
+            found.append(f"influence is estimated by sketches of size {self.size}; {_worth(self.agreement)}")
+        return found
+
+
+def explain_scan(
+    run: Run, source: str | Path, *, size: int | None = None, indices: Sequence[int] = (), k: int = 20
+) -> ScanExplanation:
+    """The k strongest proponents and opponents of every region that the final network predicts on a new scan.
+
+    ``source`` is a folder of one examination or several, or a CSV file, as ``data.root``. ``size`` picks an index
+    (the largest without it), `EXACT` the gradient shards of the run; ``indices`` picks slices instead of the run's own
+    selection.
+
+    Raises:
+        ValueError: no such index, no gradient shards, no region, or a scan that can't be read.
+        FileNotFoundError: nothing is at ``source``.
+    """
+    size = pick_index(run, size)
+    scan = read_scan(run, source, indices)
+    if not bool(scan.masks.any()):
+        threshold = run.config.regions.threshold
+        raise ValueError(
+            f"the network predicts no class with more than {threshold:.0%} confidence on the {len(scan.images)} slices "
+            f"of {source}, so there is nothing to explain: look at the images and their modalities, or name --index"
+        )
+    influence = scan_influence(run, scan, size)
+    agreement = run.store.read_table(agreement_path(size)) if size else pd.DataFrame()
+    return ScanExplanation(_region_table(run, scan), _rankings(run, scan, influence, k), size, agreement)
+
+
+def pick_index(run: Run, size: int | None) -> int:
+    """The size of the index to use: the one asked for, else the largest that is finished; `EXACT` stays as it is.
+
+    Raises:
+        ValueError: there is none, or not this one; or shards are asked for that the run doesn't hold.
+    """
+    if size == EXACT:
+        _refuse_missing_shards(run)
+        return EXACT
+    there = [found for found in indexed_sizes(run) if run.store.objects.size(agreement_path(found)) is not None]
+    if not there or (size is not None and size not in there):
+        wanted = "" if size is None else f" of size {size}"
+        raise ValueError(
+            f"{run.uri} has no index{wanted}{f' (there are {there})' if there else ''}: "
+            f"`ray-tracin sketches --run {run.uri} --size {size or 32}` makes one, or --exact reads gradient shards"
+        )
+    return size or there[-1]
+
+
+def _refuse_missing_shards(run: Run) -> None:
+    receipts = run.store.receipts(Differentiate.name)
+    keys = [key for key in Differentiate(run, run.config.influence_epochs()).keys() if key.query_set == "train"]  # noqa: SIM118
+    if any(str(key) not in receipts or receipts[str(key)].released for key in keys):
+        raise ValueError(
+            f"{run.uri} doesn't hold the gradient shards of all its checkpoints, which an exact answer reads: make "
+            f"them with `ray-tracin gradients --run {run.uri}` and gradients.keep=true, or make an index with "
+            f"`ray-tracin sketches --run {run.uri}`"
+        )
+
+
+def read_scan(run: Run, source: str | Path, indices: Sequence[int] = ()) -> Scan:
+    """The slices of new examinations, cut as the run's own, and what the final network predicts on them."""
+    update = {"root": str(source), "layout": "auto", "grade": "all", "cohort": "all", "strict": True}
+    data = run.config.data.model_copy(update=update)
+    if indices:
+        data = data.model_copy(update={"slices": SliceSelection(selection="list", indices=tuple(indices))})
+    frames, images, truths = [], [], []
+    for case in find_cases(data)[0]:
+        frame, image, truth = _cut(run, case, data)
+        frames.append(frame)
+        images.append(image)
+        truths.append(truth)
+    table, image = pd.concat(frames, ignore_index=True), torch.cat(images)
+    logits = _logits(run, FINAL, image)
+    labels = torch.cat(truths)
+    unlabelled = torch.from_numpy(~table["labelled"].to_numpy(dtype=bool))
+    labels[unlabelled] = predicted_labels(logits)[unlabelled]
+    masks = region_masks(logits, run.config.regions.threshold)
+    return Scan(table, image, labels, masks, region_scores(logits, labels, masks))
+
+
+def _cut(run: Run, case: Case, data: DataConfig) -> tuple[pd.DataFrame, Tensor, Tensor]:
+    volume = load_volume(case)
+    chosen = choose_slices(volume, data.slices)
+    cut = cut_slices(volume, chosen, label_scheme(run), data)
+    images = torch.from_numpy(cut.images)
+    labels = torch.zeros((len(images), *images.shape[2:]), dtype=torch.uint8)
+    if cut.labels is not None:
+        labels = torch.from_numpy(cut.labels)
+    return pd.DataFrame({"case": case.case, "index": chosen, "labelled": cut.labels is not None}), images, labels
+
+
+def _logits(run: Run, network: str, images: Tensor) -> Tensor:
+    device = pick_device(run)
+    model = run.model(network).to(device)
+    with torch.inference_mode():
+        parts = [model(batch.to(device)).float().cpu() for batch in images.split(run.config.resources.batch_slices)]
+    return torch.cat(parts).clone()
+
+
+def scan_influence(run: Run, scan: Scan, size: int) -> Tensor:
+    """The influence (class, slice, column) of every train region on every region of a scan (eq. 6)."""
+    kernels = []
+    for epoch in run.config.influence_epochs():
+        masks = _masks(run, scan, epoch)
+        engine = differentiator(run, epoch, pick_device(run))
+        inputs = (scan.images, scan.labels, masks)
+        batches = zip(*(part.split(run.config.resources.batch_slices) for part in inputs), strict=True)
+        rows = torch.cat([engine.differentiate(*batch).values for batch in batches])
+        exists = region_pixels(masks) > 0
+        if size == EXACT:
+            kernels.append(_exact_kernel(run, engine.layout, epoch, rows, exists))
+        else:
+            sketches = sketcher(run, engine.layout, epoch, size).sketch(rows).cpu()
+            kernels.append(indexed_kernel(run, size, epoch, sketches, exists))
+    return sum_checkpoints(torch.stack(kernels), learning_rates(run))
+
+
+def _masks(run: Run, scan: Scan, epoch: int) -> Tensor:
+    if run.config.gradients.score == "image":
+        return whole_slices(scan.masks)
+    if run.config.regions.source == FINAL:
+        return scan.masks
+    return region_masks(_logits(run, checkpoint_name(epoch), scan.images), run.config.regions.threshold)
+
+
+def _exact_kernel(run: Run, layout: Layout, epoch: int, rows: Tensor, exists: Tensor) -> Tensor:
+    values, precision = EXPANDED_VALUES[rows.device.type], run.config.gradients.precision
+    blocks = []
+    for start, stop in ranges(len(run.train_slices), run.config.influence.tile_slices):
+        train = _shard_reader(run, epoch, start, stop)
+        blocks.append(tile_kernel(layout, partial(_part, rows), train, chunk_values=values, precision=precision)[0])
+    train_exists = torch.from_numpy(region_exists(run, run.train_slices, epoch))
+    return train_columns(without_absent(torch.cat(blocks, dim=3).cpu(), exists, train_exists))
+
+
+def _part(rows: Tensor, segment: Segment) -> Tensor:
+    return rows[:, segment.offset : segment.stop]
+
+
+def _shard_reader(run: Run, epoch: int, start: int, stop: int) -> SegmentReader:
+    path, dtype, device = gradients_path(epoch, "train"), run.config.gradients.dtype, pick_device(run)
+
+    def read(segment: Segment) -> Tensor:
+        block = run.store.read(path, (slice(start, stop), slice(segment.offset, segment.stop)))
+        return restored(block, dtype).to(device)
+
+    return read
+
+
+def _region_table(run: Run, scan: Scan) -> pd.DataFrame:
+    pixels, overlap = region_pixels(scan.masks), region_overlap(scan.masks, scan.labels)
+    slices, classes = (part.numpy() for part in (pixels > 0).nonzero(as_tuple=True))
+    own = scan.table.iloc[slices].reset_index(drop=True)
+    return own.assign(
+        class_id=(classes + 1).astype(np.int8),
+        class_name=[run.classes[position] for position in classes],
+        pixels=pixels.numpy()[slices, classes],
+        overlap=overlap.numpy()[slices, classes],
+        dice=scan.scores.numpy()[slices, classes],
+    )
+
+
+def _rankings(run: Run, scan: Scan, influence: Tensor, k: int) -> pd.DataFrame:
+    train = _train_table(run)
+    frames = [
+        train.iloc[columns].assign(
+            case=scan.table["case"].iloc[position],
+            index=scan.table["index"].iloc[position],
+            class_id=np.int8(class_id),
+            class_name=run.classes[class_id - 1],
+            side=side,
+            rank=np.arange(1, len(columns) + 1),
+            influence=influence[class_id - 1, position, columns].numpy(),
+        )
+        for class_id, position in _existing(influence)
+        for side, columns in zip(
+            ("proponent", "opponent"),
+            (found.tolist() for found in rank_influence(influence[class_id - 1, position], k)),
+            strict=True,
+        )
+    ]
+    first = ["case", "index", "class_id", "class_name", "side", "rank", "influence"]
+    return pd.concat(frames, ignore_index=True)[[*first, *train.columns]]
+
+
+def _existing(influence: Tensor) -> Iterator[tuple[int, int]]:
+    """Class and position of every query region, slice by slice."""
+    classes, slices = influence.shape[:2]
+    exists = (~influence.isnan()).any(2)
+    return ((one + 1, position) for position in range(slices) for one in range(classes) if exists[one, position])
+
+
+def _train_table(run: Run) -> pd.DataFrame:
+    """A row a train column of the tensor, in its order."""
+    slices, classes = train_regions(run)
+    own = run.slices.set_index("slice").reindex(slices)
+    regions = run.table("regions").set_index(["slice", "class"])["overlap"]
+    return pd.DataFrame(
+        {
+            "patient": own["patient"].to_numpy(),
+            "train_index": own["index"].to_numpy(),
+            "train_class": [run.classes[int(one) - 1] for one in classes],
+            "train_class_id": classes,
+            "train_slice": slices,
+            "overlap": regions.reindex(pd.MultiIndex.from_arrays([slices, classes])).to_numpy(),
+        }
+    )
+
+
+def _worth(agreement: pd.DataFrame) -> str:
+    chosen = agreement[agreement["query_set"] == agreement["query_set"].iloc[-1]]
+    means = np.average(chosen[["spearman", "top_20"]], weights=chosen["rows"], axis=0)
+    return (
+        f"on the run's own {chosen['query_set'].iloc[0]} queries they order train regions with a rank correlation of "
+        f"{means[0]:.3f} and find {means[1]:.0%} of the 20 strongest of each side"
+    )

@@ -1,0 +1,127 @@
+"""The index of a run and the explanation of a new scan, against the run's own tensor and through the command line."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ray_tracin.attribution import Differentiate
+from ray_tracin.cli import app
+from ray_tracin.indexing import IndexSketches, agreement_path, indexed_sizes
+from ray_tracin.pipeline import Executors, index_sketches, release_gradients, status, verify
+from ray_tracin.querying import EXACT, explain_scan, read_scan, scan_influence
+from ray_tracin.runs import Run, open_run
+from ray_tracin.stages import complete, execute_serially
+
+SERIAL = Executors(execute_serially, execute_serially)
+EVERYTHING = 10_000
+"""A size at which nothing is projected."""
+
+
+@pytest.fixture(scope="module")
+def indexed(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = open_run(shutil.copytree(tiny_run.uri, tmp_path_factory.mktemp("indexed") / "run"))
+    for size in (2, EVERYTHING):
+        index_sketches(run, size, SERIAL, lambda event: None)
+    return run
+
+
+def known_case(run: Run) -> tuple[Path, list[int]]:
+    """A folder of the run's own test queries, and their rows."""
+    rows = run.slices[run.slices["slice"].isin(run.query_slices("test"))]
+    case = rows.iloc[0]["case"]
+    mine = rows[rows["case"] == case]
+    return Path(mine.iloc[0]["source"]), [int(row) for row in mine["slice"]]
+
+
+@pytest.mark.parametrize("size", [EXACT, EVERYTHING])
+def test_a_scan_that_the_run_knows_has_the_influence_of_the_run(indexed: Run, size: int) -> None:
+    folder, rows = known_case(indexed)
+    positions = [indexed.query_slices("test").index(row) for row in rows]
+    expected = torch.from_numpy(indexed.influence("test")[:][:, positions])
+    got = scan_influence(indexed, read_scan(indexed, folder), size)
+    assert bool((~expected.isnan()).any())
+    torch.testing.assert_close(
+        got, expected, rtol=1e-3, atol=1e-4 * float(expected[~expected.isnan()].abs().max()), equal_nan=True
+    )
+
+
+def test_the_ranking_is_that_of_the_tensor(indexed: Run) -> None:
+    folder, rows = known_case(indexed)
+    found = explain_scan(indexed, folder, size=EXACT, k=3)
+    assert (found.size, found.notes) == (0, [])
+    assert set(found.regions["class_id"]) == set(found.ranking["class_id"])
+    positions = {row: indexed.query_slices("test").index(row) for row in rows}
+    by_index = indexed.slices.set_index("slice")["index"]
+    for (index, class_id, side), group in found.ranking.groupby(["index", "class_id", "side"]):
+        row = next(row for row in rows if by_index[row] == index)
+        values = np.asarray(indexed.influence("test")[class_id - 1, positions[row]])
+        values = np.sort(values[~np.isnan(values)])
+        expected = values[::-1][:3] if side == "proponent" else values[:3]
+        np.testing.assert_allclose(group.sort_values("rank")["influence"], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_agreement_is_measured_on_the_runs_tensor(indexed: Run) -> None:
+    poor, whole = (indexed.store.read_table(agreement_path(size)) for size in (2, EVERYTHING))
+    assert (whole["difference"] < 1e-3).all()
+    assert (whole["spearman"] > 0.999).all()
+    assert (poor["difference"] > 1e-2).all()
+    assert list(poor["query_set"].unique()) == ["train", "test"]
+    note = explain_scan(indexed, known_case(indexed)[0], size=2).notes[-1]
+    assert "estimated by sketches of size 2; on the run's own test queries" in note
+
+
+def test_the_index_is_a_stage_like_others(indexed: Run) -> None:
+    assert indexed_sizes(indexed) == (2, EVERYTHING)
+    assert verify(indexed) == {}
+    assert {line.stage: line.done == line.total for line in status(indexed)}["sketches-2"]
+    done = []
+    complete(IndexSketches(indexed, 2), lambda *_: done.append(1), lambda event: None)
+    assert not done
+
+
+def test_a_scan_without_truth_is_explained_with_its_prediction(indexed: Run, tmp_path: Path) -> None:
+    folder, _ = known_case(indexed)
+    copy = Path(shutil.copytree(folder, tmp_path / "NEW"))
+    next(copy.glob("*seg*")).unlink()
+    found = explain_scan(indexed, copy, size=2, k=2)
+    assert found.notes[0] == "NEW: no ground truth, the network's own prediction stands in for it"
+    assert (found.regions["overlap"] == 1).all()
+
+
+def test_slices_can_be_chosen(indexed: Run) -> None:
+    folder, rows = known_case(indexed)
+    index = int(indexed.slices.set_index("slice")["index"][rows[1]])
+    found = explain_scan(indexed, folder, size=2, indices=[index], k=2)
+    assert set(found.regions["index"]) == {index}
+
+
+def test_a_missing_index_or_shards_are_named(tiny_run: Run, indexed: Run, tmp_path: Path) -> None:
+    folder, _ = known_case(indexed)
+    with pytest.raises(ValueError, match=r"has no index: `ray-tracin sketches .* --size 32` makes one"):
+        explain_scan(tiny_run, folder)
+    with pytest.raises(ValueError, match=r"has no index of size 7 \(there are \[2, 10000\]\)"):
+        explain_scan(indexed, folder, size=7)
+    freed = open_run(shutil.copytree(tiny_run.uri, tmp_path / "run"))
+    release_gradients(freed, freed.config.influence_epochs()[:1])
+    assert any(receipt.released for receipt in freed.store.receipts(Differentiate.name).values())
+    with pytest.raises(ValueError, match="doesn't hold the gradient shards of all its checkpoints"):
+        explain_scan(freed, folder, size=EXACT)
+
+
+def test_the_command_answers_and_writes_the_ranking(indexed: Run, tmp_path: Path) -> None:
+    folder, _ = known_case(indexed)
+    arguments = ["query", "--run", indexed.uri, "--case", str(folder), "--size", "2", "--top", "3"]
+    done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "new" / "ranking.parquet")])
+    assert done.exit_code == 0, done.output
+    assert "estimated by sketches of size 2" in done.output
+    assert "  proponents: " in done.output
+    ranking = pd.read_parquet(tmp_path / "new" / "ranking.parquet")
+    assert set(ranking["rank"]) == {1, 2, 3}
+    wrong = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "ranking.xlsx")])
+    assert wrong.exit_code == 2
+    assert "a .parquet or a .csv file" in wrong.output
