@@ -28,14 +28,39 @@ _TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transp
 
 
 class LocalBackward(TorchFunctionMode):
-    """Inside, convolutions with frozen weights differentiate their inputs in the boxes that aren't zero."""
+    """Inside, convolutions with frozen weights differentiate their inputs in the boxes that aren't zero.
+
+    Frozen batch normalisations become the scale and shift that they are.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """What the function returns; a convolution's result knows how to go back locally."""
+        if func is torch.batch_norm and not kwargs:
+            return _normalised(*args)
         local = None if kwargs else _localized(func, args)
         return func(*args, **(kwargs or {})) if local is None else _Convolution.apply(*local)  # type: ignore[no-untyped-call]
+
+
+def _normalised(
+    values: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *switches: Any,
+) -> Tensor:
+    """A batch normalisation; in eval mode as the scale and shift that it is, whose way back is one product."""
+    if training or any(part is not None and part.requires_grad for part in (weight, bias)):
+        return torch.batch_norm(values, weight, bias, mean, variance, training, momentum, eps, *switches)
+    scale = (variance + eps).rsqrt() * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - mean * scale
+    channels = (-1, *(1,) * (values.dim() - 2))
+    return torch.addcmul(shift.view(channels), values, scale.view(channels))
 
 
 def _localized(func: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...] | None:

@@ -255,18 +255,35 @@ def affine_gradients(
     """The gradients of a unit that computes ``weight · x̂ + bias``: ``Σ D · x̂`` and ``Σ D``, D the output gradient."""
     columns = []
     for name, parameter in unit.parameters.items():
-        values = output_gradients if name.endswith("bias") else output_gradients * scaled_input(unit.module, inputs)
-        if isinstance(unit.module, nn.LayerNorm):
-            columns.append(values.reshape(slices, -1, parameter.numel()).sum(1))
+        if name.endswith("bias"):
+            columns.append(_channel_sums(unit.module, output_gradients, parameter.numel(), slices))
+        elif isinstance(unit.module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            columns.append(_batch_norm_weight(unit.module, inputs, output_gradients, slices))
         else:
-            columns.append(values.reshape(slices, parameter.numel(), -1).sum(2))
+            scaled = output_gradients * scaled_input(unit.module, inputs)
+            columns.append(_channel_sums(unit.module, scaled, parameter.numel(), slices))
     return torch.cat(columns, dim=1)
+
+
+def _channel_sums(module: nn.Module, values: Tensor, channels: int, slices: int) -> Float[Tensor, "slice column"]:
+    if isinstance(module, nn.LayerNorm):
+        return values.reshape(slices, -1, channels).sum(1)
+    return values.reshape(slices, channels, -1).sum(2)
+
+
+def _batch_norm_weight(
+    module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, inputs: Tensor, output_gradients: Tensor, slices: int
+) -> Float[Tensor, "slice column"]:
+    """``Σ D · (x − μ) / σ`` as ``(Σ D · x − μ Σ D) / σ``: two passes over the activations and no copy of them."""
+    assert module.running_mean is not None, "refused by frozen_copy"
+    assert module.running_var is not None, "refused by frozen_copy"
+    read, asked = (part.reshape(slices, len(module.running_mean), -1) for part in (inputs, output_gradients))
+    centred = torch.linalg.vecdot(asked, read).double() - module.running_mean.double() * asked.sum(2).double()
+    return (centred * (module.running_var.double() + module.eps).rsqrt()).to(inputs.dtype)
 
 
 def scaled_input(module: nn.Module, inputs: Float[Tensor, "row *read"]) -> Float[Tensor, "row *read"]:
     """The ``x̂`` that the module's weight multiplies, in eval mode."""
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-        return F.batch_norm(inputs, module.running_mean, module.running_var, eps=module.eps)
     if isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d):
         own = not module.track_running_stats
         return F.instance_norm(inputs, module.running_mean, module.running_var, use_input_stats=own, eps=module.eps)
