@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -37,26 +38,25 @@ class LocalBackward(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """What the function returns; a convolution's result knows how to go back locally."""
-        if func is torch.batch_norm and not kwargs:
-            return _normalised(*args)
+        if func is F.batch_norm:
+            return _normalised(*args, **(kwargs or {}))
         local = None if kwargs else _localized(func, args)
         return func(*args, **(kwargs or {})) if local is None else _Convolution.apply(*local)  # type: ignore[no-untyped-call]
 
 
 def _normalised(
     values: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
     mean: Tensor,
     variance: Tensor,
-    training: bool,
-    momentum: float,
-    eps: float,
-    *switches: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Tensor:
     """A batch normalisation; in eval mode as the scale and shift that it is, whose way back is one product."""
     if training or any(part is not None and part.requires_grad for part in (weight, bias)):
-        return torch.batch_norm(values, weight, bias, mean, variance, training, momentum, eps, *switches)
+        return F.batch_norm(values, mean, variance, weight, bias, training, momentum, eps)
     scale = (variance + eps).rsqrt() * (1 if weight is None else weight)
     shift = (0 if bias is None else bias) - mean * scale
     channels = (-1, *(1,) * (values.dim() - 2))

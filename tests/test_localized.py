@@ -145,3 +145,17 @@ def test_weights_that_are_trained_are_left_to_autograd():
     # The centre of the kernel sees every pixel, its corners all but an edge.
     torch.testing.assert_close(gradient[0, :, 1, 1], values[0].sum((1, 2)))
     torch.testing.assert_close(gradient[0, :, 0, 0], values[0, :, :-1, :-1].sum((1, 2)))
+
+
+def test_a_frozen_batch_normalisation_is_a_scale_and_a_shift():
+    norm = torch.nn.BatchNorm2d(3).double().eval().requires_grad_(False)
+    for part in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+        part.copy_(torch.rand(3) + 0.5)
+    values = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    plain, asked = norm(values), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    with LocalBackward():
+        local = norm(values)
+    torch.testing.assert_close(local, plain)
+    got, expected = (torch.autograd.grad(one, values, asked)[0] for one in (local, plain))
+    torch.testing.assert_close(got, expected)
+    assert type(local.grad_fn).__name__ == "AddcmulBackward0"
