@@ -22,9 +22,10 @@ from ray_tracin.charts import findings
 from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explanation import RegionExplanation, explain_region
 from ray_tracin.figures import DrawFigures, draw_explanation
+from ray_tracin.integrity import FOREIGN, repair, verify
 from ray_tracin.labelmaps import export_label_maps
 from ray_tracin.phantom import Edition
-from ray_tracin.pipeline import STEPS, Executors, StageStatus, index_sketches, is_prepared, run_to, status, verify
+from ray_tracin.pipeline import STEPS, Executors, StageStatus, index_sketches, is_prepared, run_to, status
 from ray_tracin.planning import measure, plan_run
 from ray_tracin.progress import progress
 from ray_tracin.querying import EXACT, explain_scan
@@ -251,11 +252,21 @@ def verify_command(run: RunOption, debug: DebugOption = False) -> None:
         for key, found in problems.items():
             for problem in found:
                 out.print(f"{key}: {problem}", markup=False)
-        damaged = len(problems) - ("foreign" in problems)
-        todo = (
-            "run the same command again, which computes exactly these anew" if damaged else "delete the foreign files"
-        )
-        _fail(f"{damaged} damaged keys, {len(problems.get('foreign', []))} foreign files: {todo}", 1)
+        damaged, foreign = len(problems) - (FOREIGN in problems), len(problems.get(FOREIGN, []))
+        again = ["run the same command again, which computes exactly these anew"] if damaged else []
+        strays = [f"`ray-tracin repair --run {opened.uri}` deletes the foreign files"] if foreign else []
+        _fail(f"{damaged} damaged keys, {foreign} foreign files: {'; '.join([*again, *strays])}", 1)
+
+
+@app.command("repair")
+def repair_command(run: RunOption, debug: DebugOption = False) -> None:
+    """Restore the configuration's files, delete what belongs to no key; running again computes what is damaged."""
+    with _failing_clearly(debug):
+        with _configuring(debug):
+            done = repair(run)
+        for line in done:
+            out.print(line, markup=False)
+        out.print(f"{len(done)} files mended: the same command as before now computes what is damaged", markup=False)
 
 
 @app.command()

@@ -3,26 +3,56 @@
 The one idea: whatever is written is written whole (a local file by rename, a cloud object by PUT) and comes back as a
 `StoredFile`, its size and CRC-32C, which a receipt keeps. This module knows neither arrays nor tables nor runs.
 Credentials and endpoints of cloud storage come from the environment, as obstore and the clouds' own tools read them.
+A request that fails for a reason that may pass (5xx, throttling, a lost connection) is tried again for as long as
+`patience` says; whatever is left is a `StorageError`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import asyncio
+import os
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from datetime import datetime, timedelta
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import google_crc32c
 import obstore
-from obstore.exceptions import BaseError, NotFoundError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 from obstore.store import LocalStore, from_url
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 PARALLEL_READS = 8
+PATIENCE = "RAY_TRACIN_STORAGE_PATIENCE"
+"""Environment variable: seconds for which a request to cloud storage is tried again (default 180)."""
+RETRIES = 1000
+"""More than patience lasts for: it, and not a count, says when to give up."""
+FIRST_BACKOFF, LONGEST_BACKOFF, GROWTH = 0.1, 15.0, 3
+"""Seconds between tries. obstore draws each pause evenly between the first and the last one times the growth."""
+TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "15min"}
+"""A shard may be large, so the whole request may take long; a connection that stalls is noticed by its reads."""
+CLIENT_SETTINGS = ("allow_http", "allow_invalid_certificates", "proxy_url", "proxy_excludes", *TIMEOUTS)
+PASSES = re.compile("error sending request|response body error|timed out|connection (closed|reset)")
+"""What obstore says of a lost connection. It tries reads and plain writes again itself, but no listing, no deletion."""
+TRIED_AGAIN = re.compile(f"after [0-9]+ retries|{PASSES.pattern}")
+NO_CREDENTIALS = "http://169.254.169.254"
+"""The metadata service of a cloud machine, which is asked where the environment holds no credentials."""
+PREFIXES = {"s3": "AWS", "s3a": "AWS", "gs": "GOOGLE", "az": "AZURE", "abfs": "AZURE", "abfss": "AZURE"}
+"""By scheme, how the environment variables begin that name credentials, endpoint and client settings."""
 
 
 class StorageError(OSError):
@@ -65,6 +95,45 @@ def absolute_uri(uri: str | Path) -> str:
     return text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute())
 
 
+def patience() -> timedelta:
+    """For how long a request to cloud storage is tried again.
+
+    Raises:
+        ValueError: the environment variable is no number of seconds.
+    """
+    text = os.environ.get(PATIENCE, "180")
+    try:
+        return timedelta(seconds=float(text))
+    except ValueError:
+        raise ValueError(f"{PATIENCE} is {text!r}: expected a number of seconds, such as 180") from None
+
+
+def connect(uri: str) -> Any:
+    """The obstore store of a cloud URL, configured from the environment, patient with errors that pass.
+
+    Raises:
+        StorageError: the URL's scheme is not one of a cloud storage that is known.
+    """
+    scheme = urlsplit(uri).scheme
+    if scheme not in PREFIXES:
+        known = ", ".join(f"{name}://" for name in PREFIXES)
+        raise StorageError(f"cannot open {uri}: expected a folder, or a URL that begins with {known}")
+    # Options that are given replace the environment's, so these are read from there too.
+    named = {name: os.environ.get(f"{PREFIXES[scheme]}_{name.upper()}") for name in CLIENT_SETTINGS}
+    options: Any = {**TIMEOUTS, **{name: value for name, value in named.items() if value is not None}}
+    retries: Any = {
+        "max_retries": RETRIES,
+        "retry_timeout": patience(),
+        "backoff": {
+            "init_backoff": timedelta(seconds=FIRST_BACKOFF),
+            "max_backoff": timedelta(seconds=LONGEST_BACKOFF),
+            "base": GROWTH,
+        },
+    }
+    with explained("open", "", uri):
+        return from_url(uri, client_options=options, retry_config=retries)
+
+
 class Objects:
     """Whole-file reads and writes below a URI. Cheap to pickle: a process opens its own connection.
 
@@ -88,8 +157,7 @@ class Objects:
     def connection(self) -> Any:
         """The obstore store behind it, which Zarr can read and write."""
         if not self.is_local:
-            with explained("open", "", self.uri):
-                return from_url(self.uri)
+            return connect(self.uri)
         folder = Path(self.uri)
         if folder.exists() and not folder.is_dir():
             raise StorageError(f"expected a folder at {folder}, found a file: give another --run")
@@ -108,6 +176,18 @@ class Objects:
             obstore.put(self.connection, path, data)
         return StoredFile.of(path, data)
 
+    def create(self, path: str, data: bytes) -> bool:
+        """Write the file whole if there is none of that name; False where there is one. Of many who try, one succeeds.
+
+        The data must be the caller's own (hold a random token): a try whose answer was lost is known by its bytes.
+        """
+        with explained("write", path, self.uri):
+            try:
+                patiently(lambda: obstore.put(self.connection, path, data, mode="create"))
+            except AlreadyExistsError:
+                return self.get(path) == data
+            return True
+
     def get(self, path: str) -> bytes:
         """The bytes of the file."""
         with explained("read", path, self.uri):
@@ -123,16 +203,30 @@ class Objects:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Every file below the prefix (a folder) and its size in bytes; one listing."""
+        return {path: size for path, size, _ in self.entries(prefix)}
+
+    def entries(self, prefix: str = "") -> list[tuple[str, int, datetime]]:
+        """Path, size and time of the last change (by the storage's clock) of every file below the prefix."""
         with explained("list", prefix, self.uri):
-            pages = obstore.list(self.connection, prefix or None)
-            return {entry["path"]: entry["size"] for page in pages for entry in page}
+            found = patiently(lambda: obstore.list(self.connection, prefix or None).collect())
+            return [(entry["path"], entry["size"], entry["last_modified"]) for entry in found]
+
+    def everything(self) -> list[str]:
+        """Every file below the URI, sorted; in a folder also those that listings pass over (an interrupted write's)."""
+        if not self.is_local:
+            return sorted(self.sizes())
+        root = Path(self.uri)
+        return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir())
 
     def delete(self, paths: Iterable[str]) -> None:
         """Remove the files; those that don't exist are fine."""
         for path in paths:
             with explained("delete", path, self.uri):
                 try:
-                    obstore.delete(self.connection, path)
+                    if self.is_local:
+                        Path(self.uri, path).unlink()
+                    else:
+                        patiently(partial(obstore.delete, self.connection, path))
                 except (FileNotFoundError, NotFoundError):
                     continue
 
@@ -153,23 +247,64 @@ class Objects:
             return list(pool.map(function, items))
 
 
+def patiently(ask: Callable[[], R]) -> R:
+    """What the request returns; tried again while connections get lost, for as long as `patience` says."""
+    for pause in _pauses():
+        try:
+            return ask()
+        except BaseError as error:
+            if not PASSES.search(_first_line(error)):
+                raise
+        time.sleep(pause)
+    return ask()
+
+
+async def patiently_async(ask: Callable[[], Awaitable[R]]) -> R:
+    """As `patiently`, for Zarr."""
+    for pause in _pauses():
+        try:
+            return await ask()
+        except BaseError as error:
+            if not PASSES.search(_first_line(error)):
+                raise
+        await asyncio.sleep(pause)
+    return await ask()
+
+
+def _pauses() -> Iterator[float]:
+    until, wait = time.monotonic() + patience().total_seconds(), FIRST_BACKOFF
+    while time.monotonic() + wait < until:
+        yield wait
+        wait = min(random.uniform(FIRST_BACKOFF, GROWTH * wait), LONGEST_BACKOFF)
+
+
 @contextmanager
 def explained(verb: str, path: str, uri: str) -> Iterator[None]:
     """Turn what a storage library raises into one line that says what could not be done, where and why."""
     try:
         yield
-    except (FileNotFoundError, NotFoundError):
+    except (FileNotFoundError, NotFoundError) as error:
+        if verb == "write":
+            raise StorageError(f"cannot write {uri}/{path}: {_first_line(error)}. Is there such a bucket?") from None
         raise FileNotFoundError(f"no file {path!r} below {uri}") from None
     except (BaseError, OSError) as error:
         if isinstance(error, StorageError):
             raise
-        raise StorageError(f"cannot {verb} {uri}/{path}: {_reason(error)}") from None
+        raise StorageError(f"cannot {verb} {uri}/{path}: {reason_of(error)}") from None
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """The first line of what a storage library raised, and what to do where that is known."""
     reason = _first_line(error)
     if "No space left" in reason or "Disk quota" in reason:
         return "no space left on the device. Free some and run the same command again: what is done is kept"
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or NO_CREDENTIALS in reason:
+        return (
+            f"{reason}. The storage refuses these credentials, or there are none in the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN; GOOGLE_SERVICE_ACCOUNT), or no role"
+        )
+    if isinstance(error, BaseError) and TRIED_AGAIN.search(reason):
+        return f"{reason}. The storage did not recover in time. Run the same command again: what is done is kept"
     return reason
 
 

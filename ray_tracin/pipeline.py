@@ -7,13 +7,14 @@ not kept, so that the disk holds the shards of one checkpoint at a time.
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ray_tracin import store as paths
 from ray_tracin.ablation import Ablate, TabulateImpact
 from ray_tracin.assembly import AssembleStripes, ExportInfluence, TabulateSelfInfluence
 from ray_tracin.attribution import Differentiate
-from ray_tracin.costs import EVENTS_KEY, StageCost, collect_events, publish_events, stage_costs
+from ray_tracin.claims import driving
+from ray_tracin.costs import StageCost, collect_events, publish_events, stage_costs
 from ray_tracin.explaining import CountLists, RankPatients, RankQueries, TabulateGlobalExplainers, TabulateRankings
 from ray_tracin.featuring import MapFeatures, RankFeatures, TabulateFeatures
 from ray_tracin.figures import DrawFigures
@@ -24,9 +25,8 @@ from ray_tracin.pictures import DrawSlices
 from ray_tracin.planning import plan_of
 from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices
 from ray_tracin.report import RenderReport
-from ray_tracin.runs import Run
-from ray_tracin.stages import ATTEMPTS, LAYOUT, Executor, Listener, Stage, complete, sound_receipts
-from ray_tracin.store import Receipt
+from ray_tracin.runs import Run, open_run
+from ray_tracin.stages import Event, Executor, Listener, Stage, complete, sound_receipts
 from ray_tracin.tiling import ComputeTiles
 from ray_tracin.vocabulary import checkpoint_name
 
@@ -58,16 +58,35 @@ def run_to(run: Run, step: str, executors: Executors, listen: Listener) -> None:
 
     Raises:
         StageError: keys failed; everything that could be done is done, and the same call goes on from there.
+        ClaimHeldError: another driver computes the run.
+        ClaimLostError: another driver has taken the run over meanwhile.
     """
-    try:
-        for name in STEPS[: STEPS.index(step) + 1]:
-            # Shards may be freed once their tiles are done: only their own command insists on having all of them.
-            if name == "gradients" and step != "gradients":
-                continue
-            _STEPS[name](run, executors, listen)
-    finally:
-        with suppress(OSError):  # Storage that refuses has been, or will be, reported by what matters more.
-            publish_events(run, stage_names(run))
+    with driving(run.store.objects) as claim:
+        refuse_another_configuration(run)
+
+        def listen_while_it_is_ours(event: Event) -> None:
+            claim.check()
+            listen(event)
+
+        try:
+            for name in STEPS[: STEPS.index(step) + 1]:
+                # Shards may be freed once their tiles are done: only their own command insists on having all of them.
+                if name == "gradients" and step != "gradients":
+                    continue
+                _STEPS[name](run, executors, listen_while_it_is_ours)
+        finally:
+            with suppress(OSError):  # Storage that refuses has been, or will be, reported by what matters more.
+                publish_events(run, stage_names(run))
+
+
+def refuse_another_configuration(run: Run) -> None:
+    """Nothing, if the run's configuration is still the one that this process began with.
+
+    Raises:
+        ValueError: two drivers began the run at once, each with its own.
+    """
+    if open_run(run.uri).fingerprint != run.fingerprint:
+        raise ValueError(f"another process began {run.uri} with another configuration: give another --run")
 
 
 def index_sketches(run: Run, size: int, executors: Executors, listen: Listener) -> None:
@@ -85,6 +104,8 @@ def index_sketches(run: Run, size: int, executors: Executors, listen: Listener) 
 
 def _prepare(run: Run, executors: Executors, listen: Listener) -> None:
     if is_prepared(run):
+        if run.config.data.root and Path(run.config.data.root).exists():
+            complete(Inspect(run), executors.pool, listen)  # Its receipts may be damaged although nothing needs them.
         return
     if run.config.data.root is None:
         raise ValueError("data.root is not set: give the folder (or CSV) of patients, --set data.root=…")
@@ -275,27 +296,6 @@ def _total(stage: Stage[Any]) -> int | None:
         return None
 
 
-def verify(run: Run) -> dict[str, list[str]]:
-    """What is wrong with the bytes of the run, by ``stage/key``; ``foreign`` lists files that no receipt names."""
-    receipts = [
-        receipt for name in (LAYOUT, *stage_names(run), EVENTS_KEY) for receipt in run.store.receipts(name).values()
-    ]
-    problems = run.store.problems(receipts, check_bytes=True)
-    foreign = _foreign(run, receipts)
-    return {**problems, **({"foreign": foreign} if foreign else {})}
-
-
 def stage_names(run: Run) -> list[str]:
     """The names of all stages, in order."""
     return [stage.name for stage in all_stages(run)]
-
-
-def _foreign(run: Run, receipts: list[Receipt]) -> list[str]:
-    source = f"{run.config.data.root}/".removeprefix(f"{run.uri}/")  # the demo keeps its patients inside the run
-    known = {file.path for receipt in receipts for file in receipt.files}
-    known |= {paths.CONFIG, paths.VERSIONS, *(receipt.path for receipt in receipts)}
-    return [
-        f"{path}: belongs to no finished key"
-        for path in sorted(run.store.objects.sizes())
-        if not (path in known or path.startswith((source, f"{ATTEMPTS}/")))
-    ]

@@ -21,12 +21,15 @@ from torch import nn
 
 from ray_tracin import store as paths
 from ray_tracin.config import FORMAT_VERSION, RunConfig, build_config, parse_config, parse_yaml
-from ray_tracin.store import Array, RunStore, ZarrArray
+from ray_tracin.objects import StoredFile
+from ray_tracin.store import Array, Receipt, RunStore, ZarrArray
 from ray_tracin.unet import build_unet
 from ray_tracin.vocabulary import QUERY_SETS, QuerySet, checkpoint_name
 
 FINAL = "final"
 """The network after the last epoch."""
+RECORD = ("run", "configuration")
+"""Stage and key of the receipt of the configuration's own files, which holds their text too."""
 PACKAGES = ("ray_tracin", "torch", "numpy", "zarr", "ray", "monai", "nibabel", "pyarrow")
 
 
@@ -172,7 +175,10 @@ def open_run(uri: str | Path) -> Run:
             f"no run at {store.uri}: expected a folder with {paths.CONFIG}. "
             "Start one with `ray-tracin run --run URI --config FILE`"
         )
-    config = parse_config(_stored_document(store))
+    try:
+        config = parse_config(_stored_document(store))
+    except ValueError as error:
+        raise ValueError(f"{error}. {_restores(store)}") from None
     _check_versions(store, config)
     return Run(store, config)
 
@@ -204,7 +210,7 @@ def start_run(
         document = _stored_document(store)
     wanted = build_config(preset, document, overrides)
     differences = stored.config.differences(wanted)
-    if differences and not store.objects.sizes(paths.RECEIPTS):
+    if differences and not _has_begun(store):
         return _begin(store, wanted)  # Nothing was computed: a mistyped setting must not cost the folder.
     if differences:
         listed = "\n  ".join(differences)
@@ -212,14 +218,56 @@ def start_run(
             f"the run at {store.uri} has another configuration (stored → given):\n  {listed}\n"
             "Leave these settings out to go on with it, or give another --run"
         )
+    if store.read_receipt(*RECORD) is None:
+        _record(store)
     return Run(store, wanted)
+
+
+def _has_begun(store: RunStore) -> bool:
+    return any(not path.startswith(f"{paths.RECEIPTS}/{RECORD[0]}/") for path in store.objects.sizes(paths.RECEIPTS))
 
 
 def _begin(store: RunStore, config: RunConfig) -> Run:
     versions = {"format": FORMAT_VERSION, "fingerprint": config.fingerprint(), "versions": installed_versions()}
     store.objects.put(paths.VERSIONS, json.dumps(versions, indent=1).encode())
     store.objects.put(paths.CONFIG, config.to_yaml().encode())
+    _record(store)
     return Run(store, config)
+
+
+def _record(store: RunStore) -> None:
+    texts = {path: store.objects.get(path) for path in (paths.CONFIG, paths.VERSIONS)}
+    files = tuple(StoredFile.of(path, data) for path, data in texts.items())
+    result = {path: data.decode() for path, data in texts.items()}
+    fingerprint = str(json.loads(texts[paths.VERSIONS])["fingerprint"])
+    store.write_receipt(Receipt(*RECORD, fingerprint, files=files, result=result))
+
+
+def restore_configuration(uri: str | Path) -> list[str]:
+    """Put back ``config.yaml`` and ``versions.json`` as the run began with them; the files that were not so any more.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: the record of them is damaged, and so is one of them.
+    """
+    store = RunStore(uri)
+    record = store.read_receipt(*RECORD)
+    if record is None:
+        open_run(uri)  # The files are the only evidence: they must at least agree.
+        _record(store)
+        return [f"{paths.RECEIPTS}/{'/'.join(RECORD)}.json"]
+    restored = []
+    for file in record.files:
+        data = str(record.result[file.path]).encode()
+        size = store.objects.size(file.path)
+        if size is None or store.objects.get(file.path) != data:
+            store.objects.put(file.path, data)
+            restored.append(file.path)
+    return restored
+
+
+def _restores(store: RunStore) -> str:
+    return f"Unless it was edited on purpose, `ray-tracin repair --run {store.uri}` restores it"
 
 
 def installed_versions() -> dict[str, str]:
@@ -248,8 +296,9 @@ def _stored_document(store: RunStore) -> dict[str, Any]:
 def _check_versions(store: RunStore, config: RunConfig) -> None:
     try:
         stored = json.loads(store.objects.get(paths.VERSIONS))
-    except (FileNotFoundError, ValueError):
-        stored = {}
+        assert isinstance(stored, dict)
+    except (FileNotFoundError, ValueError, AssertionError):
+        raise ValueError(f"{store.uri}/{paths.VERSIONS} is damaged or missing. {_restores(store)}") from None
     if stored.get("format") != FORMAT_VERSION:
         raise ValueError(
             f"the run at {store.uri} has format {stored.get('format')!r}, this ray_tracin reads format "
@@ -258,5 +307,5 @@ def _check_versions(store: RunStore, config: RunConfig) -> None:
     if stored.get("fingerprint") != config.fingerprint():
         raise ValueError(
             f"{store.uri}/{paths.CONFIG} was changed after the run began (fingerprint {stored.get('fingerprint')}, "
-            f"now {config.fingerprint()}): restore it, or start another run"
+            f"now {config.fingerprint()}). {_restores(store)}; or start another run"
         )

@@ -24,12 +24,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
-from zarr.abc.store import Store
+from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import Crc32cCodec
-from zarr.core.buffer import Buffer
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import ObjectStore, WrapperStore
 
-from ray_tracin.objects import Objects, StorageError, StoredFile, explained
+from ray_tracin.objects import Objects, StorageError, StoredFile, checksum, explained, patiently_async, reason_of
 
 CONFIG = "config.yaml"
 VERSIONS = "versions.json"
@@ -95,9 +95,10 @@ class Receipt:
         return f"{RECEIPTS}/{self.stage}/{self.key}.json"
 
     def to_bytes(self) -> bytes:
-        """The receipt as JSON."""
+        """The receipt as JSON, of which the first field is the CRC-32C of the rest."""
         values = {**self.__dict__, "files": [file.to_json() for file in self.files]}
-        return json.dumps(values, indent=1, allow_nan=True).encode()
+        rest = json.dumps(values, indent=1, allow_nan=True).encode()[1:]
+        return b'{"crc32c": "%08x",' % checksum(rest) + rest
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Receipt":
@@ -108,6 +109,9 @@ class Receipt:
         """
         try:
             values = json.loads(data)
+            written = values.pop("crc32c", None)
+            if written is not None and written != f"{checksum(data.partition(b',')[2]):08x}":
+                raise ValueError("not the bytes that were written")
             files = tuple(StoredFile.from_json(file) for file in values.pop("files"))
             return cls(files=files, **values)
         except (KeyError, TypeError, AttributeError) as error:
@@ -139,9 +143,10 @@ class RunStore:
     def read_receipt(self, stage: str, key: str) -> Receipt | None:
         """The receipt of a key, or None where there is none or it is damaged (then the key is not done)."""
         try:
-            return Receipt.from_bytes(self.objects.get(f"{RECEIPTS}/{stage}/{key}.json"))
+            receipt = Receipt.from_bytes(self.objects.get(f"{RECEIPTS}/{stage}/{key}.json"))
         except (FileNotFoundError, ValueError):
             return None
+        return receipt if (receipt.stage, receipt.key) == (stage, key) else None
 
     def receipts(self, stage: str) -> dict[str, Receipt]:
         """Every readable receipt of a stage, by key; one listing and parallel reads."""
@@ -183,7 +188,8 @@ class RunStore:
         container, inner = _container(path)
         store = self._zarr_store(container)
         self.objects.delete([f"{path}/zarr.json"])
-        zarr.create_group(store, path=inner, attributes=dict(attributes), zarr_format=3)
+        with explained("write", path, self.uri):
+            zarr.create_group(store, path=inner, attributes=dict(attributes), zarr_format=3)
 
     def create_array(
         self,
@@ -206,20 +212,21 @@ class RunStore:
         container, inner = _container(path)
         self.objects.delete([f"{path}/zarr.json"])
         self._arrays.pop(path, None)
-        zarr.create_array(
-            self._zarr_store(container),
-            name=inner,
-            shape=tuple(shape),
-            chunks=tuple(chunks),
-            shards=tuple(shards) if shards else None,
-            dtype=dtype,
-            fill_value=fill_value,
-            compressors=[Crc32cCodec()],
-            dimension_names=list(dimensions),
-            attributes=dict(attributes or {}),
-            zarr_format=3,
-            config={"write_empty_chunks": True},
-        )
+        with explained("write", path, self.uri):
+            zarr.create_array(
+                self._zarr_store(container),
+                name=inner,
+                shape=tuple(shape),
+                chunks=tuple(chunks),
+                shards=tuple(shards) if shards else None,
+                dtype=dtype,
+                fill_value=fill_value,
+                compressors=[Crc32cCodec()],
+                dimension_names=list(dimensions),
+                attributes=dict(attributes or {}),
+                zarr_format=3,
+                config={"write_empty_chunks": True},
+            )
 
     def attributes(self, path: str) -> dict[str, Any]:
         """The attributes of a group.
@@ -270,7 +277,7 @@ class RunStore:
                 raise
             # Codecs report damage as ValueError or RuntimeError, and a cut file as anything from IndexError up.
             raise StorageError(
-                f"cannot read {self.uri}/{path} at {_shown(selection)}: {error}. "
+                f"cannot read {self.uri}/{path} at {_shown(selection)}: {reason_of(error)}. "
                 f"`ray-tracin verify --run {self.uri}` finds damaged files, running the stage again replaces them"
             ) from error
 
@@ -331,14 +338,27 @@ class _RecordingStore(WrapperStore[Any]):
     def _note(self, key: str, value: Buffer) -> None:
         self._log.append(StoredFile.of(f"{self._container}/{key}", value.to_bytes()))
 
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        return await patiently_async(lambda: self._store.get(key, prototype, byte_range))
+
     async def set(self, key: str, value: Buffer) -> None:
-        await super().set(key, value)
+        await patiently_async(lambda: self._store.set(key, value))
         self._note(key, value)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        if not await self.exists(key):
-            await super().set_if_not_exists(key, value)
-            self._note(key, value)
+        """Zarr's way to write the metadata of the groups above an array. One process does it: a plain write will do."""
+        held = await self.get(key, default_buffer_prototype())
+        if held is not None and _attributes_of(held.to_bytes()):
+            self._note(key, held)  # Written with `create_group`.
+        else:
+            await self.set(key, value)
+
+
+def _attributes_of(metadata: bytes) -> Any:
+    try:
+        return json.loads(metadata).get("attributes")
+    except (ValueError, AttributeError):
+        return None
 
 
 def now() -> float:

@@ -12,7 +12,8 @@ import torch
 from ray_tracin import featuring
 from ray_tracin.ablation import Ablate, TabulateImpact
 from ray_tracin.features import classify_trend, feature_sets
-from ray_tracin.pipeline import STEPS, Executors, run_to, verify
+from ray_tracin.integrity import verify
+from ray_tracin.pipeline import STEPS, Executors, run_to
 from ray_tracin.runs import Run, open_run
 from ray_tracin.stages import Event, execute_serially
 from ray_tracin.store import IncompleteRunError

@@ -15,7 +15,8 @@ from conftest import TINY
 import ray_tracin
 from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explanation import explain_region
-from ray_tracin.pipeline import STEPS, Executors, run_to, status, verify
+from ray_tracin.integrity import verify
+from ray_tracin.pipeline import STEPS, Executors, run_to, status
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor
 from ray_tracin.stages import Event, execute_serially

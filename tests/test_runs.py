@@ -1,8 +1,10 @@
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from ray_tracin.runs import open_run, start_run
+from ray_tracin.runs import open_run, restore_configuration, start_run
 from ray_tracin.store import Receipt
 
 
@@ -56,3 +58,33 @@ def test_an_edited_configuration_and_an_unknown_format_are_refused(tmp_path: Pat
         ValueError, match="has format 99, this ray_tracin reads format 1: use the release that wrote it"
     ):
         open_run(tmp_path / "run")
+
+
+FORMAT_1 = Path(__file__).parent / "resources/format_1"
+
+
+def test_a_run_of_format_1_as_the_first_release_wrote_it_still_opens(tmp_path: Path) -> None:
+    run = open_run(FORMAT_1)
+    assert run.config.data.root == "/data/patients"
+    assert list(run.slices["patient"]) == ["A", "B"]
+    np.testing.assert_array_equal(run.influence("train")[:, :, 0], [[1.0, 2.0]])
+    assert np.isnan(run.influence("train")[:, :, 1]).all()
+    receipts = [
+        receipt for stage in ("slices", "layout", "influence") for receipt in run.store.receipts(stage).values()
+    ]
+    assert sorted(f"{receipt.stage}/{receipt.key}" for receipt in receipts) == [
+        "influence/train/0-1",
+        "influence/train/1-2",
+        "layout/influence",
+        "slices/slices",
+    ]
+    assert run.store.problems(receipts, check_bytes=True) == {}
+    assert {receipt.fingerprint for receipt in receipts} == {run.fingerprint}
+
+
+def test_a_run_of_format_1_goes_on_with_this_release(tmp_path: Path) -> None:
+    uri = shutil.copytree(FORMAT_1, tmp_path / "run")
+    assert start_run(uri).fingerprint == open_run(FORMAT_1).fingerprint
+    (tmp_path / "run/config.yaml").write_bytes(b"")
+    assert restore_configuration(uri) == ["config.yaml"]
+    assert (tmp_path / "run/config.yaml").read_bytes() == (FORMAT_1 / "config.yaml").read_bytes()

@@ -1,0 +1,168 @@
+"""Whether the bytes of a run are the truth: what was written, all of it, and nothing else.
+
+`verify` reads every byte and changes nothing. Running a command again computes anew what it finds damaged; `repair`
+does the two things that running can't: it restores the configuration's own files, and deletes what belongs to no key.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ray_tracin import store as paths
+from ray_tracin.assembly import AssembleStripes
+from ray_tracin.attribution import Differentiate, region_exists
+from ray_tracin.claims import driving, is_claim
+from ray_tracin.costs import EVENTS_KEY
+from ray_tracin.pipeline import all_stages
+from ray_tracin.runs import RECORD, Run, open_run, restore_configuration
+from ray_tracin.stages import ATTEMPTS, LAYOUT, Stage
+from ray_tracin.store import Array, Receipt, RunStore
+from ray_tracin.tiling import ComputeTiles
+from ray_tracin.vocabulary import Stripe
+
+FOREIGN = "foreign"
+"""The name under which `verify` lists files that no receipt names."""
+_PATHS = re.compile(rb'"path": "([^"]+)"')
+TABLES_THAT_NAME_KEYS = {paths.SLICES, paths.REGIONS, paths.CHECKPOINTS}
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What the receipts of a run say."""
+
+    stages: list[Stage[Any]]
+    by_stage: dict[str, dict[str, Receipt]]
+    unreadable: dict[str, str]
+    """Paths of receipts that can't be read, with their ``stage/key``."""
+
+    @property
+    def receipts(self) -> list[Receipt]:
+        return [receipt for held in self.by_stage.values() for receipt in held.values()]
+
+
+def verify(run: Run) -> dict[str, list[str]]:
+    """What is wrong with a run, by ``stage/key``; ``foreign`` lists files that no receipt names.
+
+    Files: missing, of another size, with other bytes than were written. Receipts: unreadable, or missing although a
+    later stage is done. The tensors: NaN where both regions exist, or a number where one doesn't.
+    """
+    evidence = _read_evidence(run)
+    problems = run.store.problems(evidence.receipts, check_bytes=True)
+    for path, key in evidence.unreadable.items():
+        problems.setdefault(key, []).append(f"{path}: no readable receipt")
+    damaged = {problem.split(":")[0] for found in problems.values() for problem in found}
+    if not damaged & TABLES_THAT_NAME_KEYS:
+        for stage, key in _missing(evidence):
+            problems.setdefault(f"{stage}/{key}", []).append(f"{paths.RECEIPTS}/{stage}/{key}.json: missing")
+    if not problems and _assembled(evidence):
+        problems.update(_wrong_nans(run))
+    foreign = _foreign(run, evidence)
+    return {**problems, **({FOREIGN: foreign} if foreign else {})}
+
+
+def repair(uri: str) -> list[str]:
+    """Restore the configuration's files and delete those that belong to no key; what was done, a line a file.
+
+    What is damaged besides is computed by running the command again.
+
+    Raises:
+        ValueError: the configuration can't be restored.
+        ClaimHeldError: the run is being computed.
+    """
+    store = RunStore(uri)
+    with driving(store.objects):
+        done = [f"{path}: restored" for path in restore_configuration(uri)]
+        run = open_run(uri)
+        foreign = [line.rsplit(":", 1)[0] for line in _foreign(run, _read_evidence(run))]
+        run.store.objects.delete(foreign)
+        return [*done, *(f"{path}: deleted" for path in foreign)]
+
+
+def _read_evidence(run: Run) -> _Evidence:
+    stages = all_stages(run)
+    names = [RECORD[0], LAYOUT, *(stage.name for stage in stages), EVENTS_KEY]
+    by_stage = {name: run.store.receipts(name) for name in names}
+    read = {receipt.path for held in by_stage.values() for receipt in held.values()}
+    known = {stage.name: keys for stage in stages if (keys := _keys(stage)) is not None}
+    unreadable = {}
+    for path in sorted(run.store.objects.sizes(paths.RECEIPTS)):
+        name, _, rest = path.removeprefix(f"{paths.RECEIPTS}/").partition("/")
+        key = rest.removesuffix(".json")
+        plausible = rest.endswith(".json") and name in by_stage and key in known.get(name, [key])
+        if path not in read and plausible:
+            unreadable[path] = f"{name}/{key}"
+    return _Evidence(stages, by_stage, unreadable)
+
+
+def _keys(stage: Stage[Any]) -> list[str] | None:
+    """The keys of a stage; None while they can't be known, as before the stages that it builds on are done."""
+    try:
+        return [str(key) for key in stage.keys()]  # noqa: SIM118
+    except (ValueError, KeyError, OSError):
+        return None
+
+
+def _missing(evidence: _Evidence) -> Iterator[tuple[str, str]]:
+    """Keys without a receipt, of stages that something later was built on. Shards and tiles alternate by checkpoint."""
+    together = {Differentiate.name, ComputeTiles.name}
+    for place, stage in enumerate(evidence.stages):
+        later = [other.name for other in evidence.stages[place + 1 :] if not {stage.name, other.name} <= together]
+        if not any(evidence.by_stage[name] for name in later):
+            continue
+        held = evidence.by_stage[stage.name]
+        for key in _keys(stage) or []:
+            if key not in held and f"{paths.RECEIPTS}/{stage.name}/{key}.json" not in evidence.unreadable:
+                yield stage.name, key
+
+
+def _foreign(run: Run, evidence: _Evidence) -> list[str]:
+    source = f"{run.config.data.root}/".removeprefix(f"{run.uri}/")  # the demo keeps its patients inside the run
+    known = {file.path for receipt in evidence.receipts for file in receipt.files}
+    known |= {paths.CONFIG, paths.VERSIONS, *(receipt.path for receipt in evidence.receipts), *evidence.unreadable}
+    for path in evidence.unreadable:  # What a damaged receipt still names is its key's, not a stranger's.
+        known |= {name.decode(errors="replace") for name in _PATHS.findall(run.store.objects.get(path))}
+    return [
+        f"{path}: belongs to no finished key"
+        for path in run.store.objects.everything()
+        if not (path in known or path.startswith((source, f"{ATTEMPTS}/")) or is_claim(path))
+    ]
+
+
+def _assembled(evidence: _Evidence) -> bool:
+    return bool(evidence.by_stage[AssembleStripes.name]) and bool(evidence.by_stage["region-table"])
+
+
+def _wrong_nans(run: Run) -> Iterator[tuple[str, list[str]]]:
+    done = run.store.receipts(AssembleStripes.name)
+    for key in AssembleStripes(run).keys():  # noqa: SIM118
+        found = [problem for problem in _nan_problems(run, key) if problem] if str(key) in done else []
+        if found:
+            yield f"{AssembleStripes.name}/{key}", found
+
+
+def _nan_problems(run: Run, key: Stripe) -> Iterator[str]:
+    rows, epochs = run.query_slices(key.query_set)[key.start : key.stop], run.config.influence_epochs()
+    queries = np.stack([region_exists(run, rows, epoch).T for epoch in epochs])
+    trains = np.stack([region_exists(run, run.train_slices, epoch).T.reshape(-1) for epoch in epochs])
+    pairs = queries[..., None] & trains[:, None, None, :]
+    always = np.asarray(pairs.all(axis=0))
+    part, everything = slice(key.start, key.stop), slice(None)
+    base = f"{paths.INFLUENCE}/"
+    whole, kernel, norms = key.query_set, f"kernel_{key.query_set}", f"norm2_{key.query_set}"
+    yield _compared(base + whole, run.store.array(base + whole)[:, part], always)
+    yield _compared(base + kernel, run.store.array(base + kernel)[:, everything, part], pairs)
+    yield _compared(base + norms, run.store.array(base + norms)[:, everything, part], queries)
+
+
+def _compared(path: str, values: Any, exists: Array) -> str:
+    there = ~np.isnan(np.asarray(values))
+    lost, invented = int((exists & ~there).sum()), int((there & ~exists).sum())
+    if not (lost or invented):
+        return ""
+    return (
+        f"{path}: expected NaN exactly where a region is absent; {lost} are NaN although both regions exist, "
+        f"{invented} are numbers although one doesn't"
+    )

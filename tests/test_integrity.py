@@ -1,0 +1,159 @@
+"""Every damage to any file of a run is found, and nothing else; running again gives the identical bytes."""
+
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_pipeline import SERIAL, bits
+
+from ray_tracin.integrity import FOREIGN, repair, verify
+from ray_tracin.pipeline import STEPS, run_to
+from ray_tracin.runs import Run, open_run, restore_configuration, start_run
+from ray_tracin.store import Receipt
+
+CONFIGURATION = ("config.yaml", "versions.json", "receipts/run/configuration.json")
+"""What each other's damage is mended from: one of them at a time may be lost."""
+STRAYS = ("stray.parquet", "0#1", "99", "000.partial", "zarr.json.bak", ".hidden")
+
+
+@dataclass
+class Harm:
+    """What was done to a run, by path."""
+
+    root: Path
+    damaged: dict[str, str] = field(default_factory=dict)
+    strays: set[str] = field(default_factory=set)
+    of_lost_receipts: set[str] = field(default_factory=set)
+    """Files that nothing names any more, because the receipt that did is damaged."""
+
+    def do(self, path: str, kind: str, rng: random.Random) -> None:
+        file = self.root / path
+        data = file.read_bytes()
+        if path.startswith("receipts/"):
+            self.of_lost_receipts |= {stored.path for stored in Receipt.from_bytes(data).files}
+        place = rng.randrange(len(data))
+        if kind == "delete":
+            file.unlink()
+        elif kind == "empty":
+            file.write_bytes(b"")
+        elif kind == "truncate":
+            file.write_bytes(data[:place])
+        else:
+            file.write_bytes(data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :])
+        self.damaged[path] = kind
+
+    def add_stray(self, folder: Path, name: str) -> None:
+        path = folder / name
+        if not path.exists():
+            path.write_bytes(b"x")
+            self.strays.add(path.relative_to(self.root).as_posix())
+
+    def assert_found(self, problems: dict[str, list[str]]) -> None:
+        foreign = {line.rsplit(":", 1)[0] for line in problems.pop(FOREIGN, [])}
+        reported = {line.split(":")[0] for lines in problems.values() for line in lines}
+        assert self.strays <= foreign
+        assert foreign - self.strays <= self.of_lost_receipts
+        assert reported <= self.damaged.keys(), "nothing that is whole is reported"
+        # Where a key's receipt is damaged too, the key is computed anew whatever became of its files.
+        unseen = self.damaged.keys() - reported - self.of_lost_receipts
+        for path in unseen:  # A deleted receipt on which nothing was built yet shows by the files that it named.
+            assert self.damaged[path] == "delete"
+            assert path.startswith("receipts/figures/")
+            assert any(file.startswith("figures/") for file in foreign)
+
+
+def harmed(copy: Path, seed: int, damages: int) -> Harm:
+    """A run with damages of all kinds spread over all its files."""
+    rng, harm = random.Random(seed), Harm(copy)
+    files = sorted(path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file())
+    folders = sorted(path for path in copy.rglob("*") if path.is_dir())
+    strays = damages // 5
+    harm.do(CONFIGURATION[seed % 3], ("truncate", "flip", "empty", "delete")[seed % 4], rng)
+    chosen = rng.sample([path for path in files if path not in CONFIGURATION], damages - strays - 1)
+    for number, path in enumerate(chosen):
+        harm.do(path, ("truncate", "flip", "empty", "delete")[number % 4], rng)
+    while len(harm.strays) < strays:
+        harm.add_stray(rng.choice(folders), rng.choice(STRAYS))
+    return harm
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(n, marks=pytest.mark.chaos if n else pytest.mark.slow) for n in range(4)]
+)
+def test_fifty_random_damages_are_found_and_mended(tiny_run: Run, tmp_path: Path, seed: int) -> None:
+    uri = str(shutil.copytree(tiny_run.uri, tmp_path / "run"))
+    own = ("config.yaml", "versions.json")
+    before = {**bits(tiny_run), **{name: (Path(tiny_run.uri) / name).read_bytes() for name in own}}
+    run = open_run(uri)
+    assert verify(run) == {}
+    harm = harmed(tmp_path / "run", seed, 50)
+    assert len(harm.damaged) + len(harm.strays) == 50
+    harm.assert_found(verify(run))
+    if seed % 2:
+        repair(uri)
+    else:
+        restore_configuration(uri)  # Strays are in nobody's way.
+    run_to(open_run(uri), STEPS[-1], SERIAL, lambda event: None)
+    left = verify(open_run(uri))
+    assert {line.rsplit(":", 1)[0] for line in left.pop(FOREIGN, [])} == (set() if seed % 2 else harm.strays)
+    assert left == {}
+    repair(uri)
+    after = {**bits(open_run(uri)), **{name: (Path(uri) / name).read_bytes() for name in own}}
+    assert after == before
+    assert verify(open_run(uri)) == {}
+
+
+def test_a_flipped_bit_anywhere_in_a_receipt_is_noticed(tiny_run: Run) -> None:
+    path = next((Path(tiny_run.uri) / "receipts/influence/train").glob("*.json"))
+    whole = path.read_bytes()
+    Receipt.from_bytes(whole)
+    for place in range(len(whole)):
+        with pytest.raises(ValueError):
+            Receipt.from_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+
+
+@pytest.mark.parametrize("wrong", ["a number for an absent region", "NaN for a pair that exists"])
+def test_nan_stands_exactly_where_a_region_is_absent(tiny_run: Run, tmp_path: Path, wrong: str) -> None:
+    """Also where every checksum holds: the stripe is declared done with the wrong values."""
+    run = open_run(shutil.copytree(tiny_run.uri, tmp_path / "run"))
+    stored = run.store.receipts("influence")
+    key, receipt = next((key, receipt) for key, receipt in stored.items() if key.startswith("test"))
+    values = run.store.read("influence.zarr/test")
+    absent = np.isnan(values)
+    assert absent.any()
+    place = tuple(np.argwhere(absent if wrong.startswith("a number") else ~absent)[0])
+    values[place] = 0.0 if wrong.startswith("a number") else np.nan
+    run.store.write("influence.zarr/test", tuple(slice(0, length) for length in values.shape), values)
+    (written,) = run.store.take_written()
+    files = tuple(written if file.path == written.path else file for file in receipt.files)
+    run.store.write_receipt(Receipt(receipt.stage, key, receipt.fingerprint, files=files))
+    lost, invented = (0, 1) if wrong.startswith("a number") else (1, 0)
+    assert verify(open_run(run.uri)) == {
+        f"influence/{key}": [
+            f"influence.zarr/test: expected NaN exactly where a region is absent; {lost} are NaN although both regions "
+            f"exist, {invented} are numbers although one doesn't"
+        ]
+    }
+
+
+def test_a_damaged_configuration_says_how_to_restore_it(tmp_path: Path) -> None:
+    uri = start_run(tmp_path / "run", preset="demo").uri
+    for name in ("config.yaml", "versions.json"):
+        path = tmp_path / "run" / name
+        whole = path.read_bytes()
+        for damaged in (b"", b"{", whole[:30], whole.replace(b"seed: 0", b"seed: 4").replace(b'"format"', b'"farmat"')):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"`ray-tracin repair --run .*run` restores it|has format None"):
+                open_run(uri)
+            assert repair(uri) == [f"{name}: restored"]
+            assert path.read_bytes() == whole
+    assert repair(uri) == []
+    (tmp_path / "run/receipts/run/configuration.json").write_bytes(b"")
+    assert repair(uri) == ["receipts/run/configuration.json: restored"]
+    (tmp_path / "run/receipts/run/configuration.json").unlink()
+    (tmp_path / "run/config.yaml").write_bytes(b"seed: 9")
+    with pytest.raises(ValueError, match="restores it"):
+        repair(uri)
