@@ -37,10 +37,10 @@ def s3(server: str) -> Iterator[str]:
 
 
 def contents(uri: str) -> dict[str, bytes]:
-    """Every array, table, checkpoint and figure; receipts, which hold times, and the configuration are left out."""
+    """Every array, table, checkpoint and figure; what holds times, and the configuration are left out."""
     objects = Objects(uri)
-    kept = [path for path in objects.sizes() if path.split("/")[0] not in {"receipts", "claims"}]
-    kept = [path for path in kept if path not in {"config.yaml", "versions.json"}]
+    kept = [path for path in objects.sizes() if path.split("/")[0] not in {"receipts", "claims", "attempts"}]
+    kept = [path for path in kept if path not in {"config.yaml", "versions.json", "events.parquet"}]
     return dict(zip(kept, objects.parallel(objects.get, kept), strict=True))
 
 
