@@ -47,7 +47,8 @@ def verify(run: Run) -> dict[str, list[str]]:
     """What is wrong with a run, by ``stage/key``; ``foreign`` lists files that no receipt names.
 
     Files: missing, of another size, with other bytes than were written. Receipts: unreadable, or missing although a
-    later stage is done. The tensors: NaN where both regions exist, or a number where one doesn't.
+    later stage is done (which can be told while the tables that name the keys are sound). The tensors: NaN where both
+    regions exist, or a number where one doesn't.
     """
     evidence = _read_evidence(run)
     problems = run.store.problems(evidence.receipts, check_bytes=True)

@@ -12,9 +12,10 @@ This module knows nothing of networks, regions or Ray. Read `objects` (bytes) be
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -260,8 +261,16 @@ class RunStore:
         """Write a block that covers whole chunks (shards where the array has them); recorded for the receipt."""
         array = self.array(path)
         _assert_owns_whole_chunks(array, selection)
-        with explained("write", path, self.uri):
-            array[selection] = values
+        try:
+            with explained("write", path, self.uri):
+                array[selection] = values
+        except Exception:
+            if not array.shards:
+                raise
+            # Zarr reads a shard before it writes it anew: where that fails the damaged one has to go first.
+            self.objects.delete(f"{path}/{name}" for name in _shard_names(array, selection))
+            with explained("write", path, self.uri):
+                array[selection] = values
 
     def read(self, path: str, selection: Selection | tuple[()] = ()) -> Array:
         """The values of a block; all of the array without a selection.
@@ -379,6 +388,13 @@ def _assert_owns_whole_chunks(array: ZarrArray, selection: Selection) -> None:
         start, stop, stride = part.indices(length)
         whole = stride == 1 and start % step == 0 and (stop % step == 0 or stop == length)
         assert whole, f"{array.path}: axis {axis} of {_shown(selection)} cuts chunks of {step}"
+
+
+def _shard_names(array: ZarrArray, selection: Selection) -> Iterator[str]:
+    unit = array.shards or array.chunks
+    parts = [part.indices(length) for part, length in zip(selection, array.shape, strict=True)]
+    ranges = [range(start // step, -(-stop // step)) for (start, stop, _), step in zip(parts, unit, strict=True)]
+    return ("/".join(map(str, ("c", *place))) for place in product(*ranges))
 
 
 def _shown(selection: Selection | tuple[()]) -> str:

@@ -200,3 +200,15 @@ def test_tables_round_trip(store: RunStore) -> None:
     pd.testing.assert_frame_equal(store.read_table("t/a.parquet"), table, check_dtype=False)
     assert list(store.read_table("t/a.parquet", ["x"]).columns) == ["x"]
     assert os.fspath(Path(store.uri) / "t") in [str(p) for p in Path(store.uri).iterdir()]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_written_anew(store: RunStore, damage: str) -> None:
+    _sharded(store)
+    whole = (slice(8, 10), slice(0, 70))
+    store.write("g.zarr/epoch_06/train", whole, np.ones((2, 70), np.float32))
+    path = Path(store.uri) / "g.zarr/epoch_06/train/c/2/0"
+    before = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](before))
+    store.write("g.zarr/epoch_06/train", whole, np.ones((2, 70), np.float32))
+    assert path.read_bytes() == before
