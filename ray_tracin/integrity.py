@@ -20,7 +20,6 @@ from ray_tracin.pipeline import all_stages
 from ray_tracin.runs import RECORD, Run, open_run, restore_configuration
 from ray_tracin.stages import ATTEMPTS, LAYOUT, Stage
 from ray_tracin.store import Array, Receipt, RunStore
-from ray_tracin.tiling import ComputeTiles
 from ray_tracin.vocabulary import Stripe
 
 FOREIGN = "foreign"
@@ -107,11 +106,13 @@ def _keys(stage: Stage[Any]) -> list[str] | None:
 
 
 def _missing(evidence: _Evidence) -> Iterator[tuple[str, str]]:
-    """Keys without a receipt, of stages that something later was built on. Shards and tiles alternate by checkpoint."""
-    together = {Differentiate.name, ComputeTiles.name}
+    """Keys without a receipt, of stages that something later was built on.
+
+    Gradient shards are left out: nobody misses them once their tiles are done, and some runs never store them.
+    """
     for place, stage in enumerate(evidence.stages):
-        later = [other.name for other in evidence.stages[place + 1 :] if not {stage.name, other.name} <= together]
-        if not any(evidence.by_stage[name] for name in later):
+        later = [other.name for other in evidence.stages[place + 1 :]]
+        if stage.name == Differentiate.name or not any(evidence.by_stage[name] for name in later):
             continue
         held = evidence.by_stage[stage.name]
         for key in _keys(stage) or []:

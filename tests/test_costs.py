@@ -10,7 +10,8 @@ from faulty import Square
 from rich.console import Console
 
 from ray_tracin.costs import collect_events, publish_events, stage_costs
-from ray_tracin.pipeline import stage_names, status, verify
+from ray_tracin.integrity import verify
+from ray_tracin.pipeline import stage_names, status
 from ray_tracin.progress import PlainLines, progress
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.stages import ATTEMPTS, Attempt, Event, complete, done_receipts, execute_serially, log_attempt
