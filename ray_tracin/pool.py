@@ -38,7 +38,10 @@ SLOWER_THAN_MEDIAN = 20
 COPIED_AFTER_MEDIANS = 3
 COPIED_AFTER_SECONDS = 10.0
 """When workers are idle, keys that take longer than this, and than so many medians, are done twice."""
+OPENING_SECONDS = 120.0
+"""A worker that takes longer to get ready for a stage, and longer than two leases, is replaced."""
 WAITING_SECONDS = 60.0
+"""After this long without any worker, the pool says what it waits for."""
 SHOWN_FAILURES = 5
 NODE_LABEL = "ray.io/node-id"
 PROCESS_DIED = "worker process has died"
@@ -239,6 +242,11 @@ class Pool:
 
     def _landed(self, flight: _Flight) -> None:
         worker = flight.worker
+        # A worker does its keys in order: what came before this one has landed too.
+        while flight in worker.flights[1:]:
+            self._landed(worker.flights[0])
+        if flight not in worker.flights:
+            return
         try:
             seconds = ray.get(flight.reference)
         except RayTaskError as error:
@@ -340,7 +348,7 @@ class Pool:
         for worker in [worker for worker in self._workers if worker.opening is not None and not worker.ready]:
             if worker.placed is None and ray.wait([worker.where], timeout=0)[0]:
                 worker.placed = moment
-            if worker.placed is not None and moment - worker.placed > 2 * self._lease():
+            if worker.placed is not None and moment - worker.placed > max(OPENING_SECONDS, 2 * self._lease()):
                 self._start_failed(worker, TimeoutError("did not open within twice the lease"), "opening a worker")
 
     def _let_idle_go(self, moment: float) -> None:
