@@ -287,10 +287,11 @@ class Pool:
             self._deaths[self._node_of(worker)] += 1
         self._dismiss(worker)
         flights, worker.flights = worker.flights, []
+        if flights and (died or outcome == "hung"):
+            # To the end of the queue: a sick node must not take all tries of one key.
+            self._keys.fail(flights[0].key, error)
         for flight in reversed(flights):
             self._keys.give_back(flight.key)
-        if flights and (died or outcome == "hung"):
-            self._keys.fail(flights[0].key, error)
         if flights and worker.errors < TRIES:
             self._log(flights[0], outcome, reason(error))
         self._resize()

@@ -88,5 +88,6 @@ TROUBLES: dict[str, Callable[[], Any]] = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "hangs": lambda: time.sleep(120),
     "memory": _exhaust_memory,
+    "sick": lambda: os.kill(os.getpid(), signal.SIGKILL) if os.environ.get("SICK") else None,
 }
 """First word of a trouble, which happens at the first attempt, or ``always``."""

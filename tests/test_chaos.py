@@ -100,22 +100,24 @@ from ray_tracin.runs import Run, start_run
 from ray_tracin.runtime import RayExecutor
 from ray_tracin.stages import complete
 
-folder, disturbed = Path(sys.argv[1]), sys.argv[2] == "disturbed"
+folder, mode = Path(sys.argv[1]), sys.argv[2]
 folder.mkdir()
 (folder / "attempts").mkdir()
 small = dict(object_store_memory=80 << 20)
 cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, include_dashboard=False, **small))
-nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
+sick = {"env_vars": {"SICK": "1"}} if mode == "sick" else {}
+nodes = [cluster.add_node(num_cpus=1, **small), cluster.add_node(num_cpus=1, **small, **sick)]
 ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
 run = start_run(folder / "run", preset="demo", overrides=["resources.lease_seconds=20"])
-stage = Square(run, folder / "attempts", length=80, seconds=0.75)
+troubles = {start: "sick always" for start in range(0, 80, 2)}
+stage = Square(run, folder / "attempts", troubles, length=80, seconds=0.75)
 seen, started = [], time.monotonic()
 
 def listen(event):
     if event.kind != "done":
         return
     seen.append(len(stage.workers_seen()))
-    if disturbed and event.done == 8:
+    if mode == "disturbed" and event.done == 8:
         cluster.remove_node(nodes[0], allow_graceful=False)
         cluster.add_node(num_cpus=1, **small)
 
@@ -144,6 +146,13 @@ def test_a_node_is_lost_and_another_comes(tmp_path: Path) -> None:
     assert disturbed["extra"] <= 2, "what the lost worker had in hand"
     assert disturbed["counted"] == disturbed["extra"] or disturbed["counted"] == 1
     assert disturbed["seconds"] <= 2 * calm["seconds"], (disturbed, calm)
+
+
+def test_a_node_on_which_workers_keep_dying_gets_no_more_of_them(tmp_path: Path) -> None:
+    found = in_a_process(NODES, tmp_path / "sick", "sick")
+    assert found["same"], "no key lost all its tries to that node"
+    assert (found["extra"], found["counted"]) == (3, 3)
+    assert found["processes"] == 4, "three that died, and the one that did everything"
 
 
 AUTOSCALED = """
