@@ -44,6 +44,7 @@ WAITING_SECONDS = 60.0
 """After this long without any worker, the pool says what it waits for."""
 SHOWN_FAILURES = 5
 NODE_LABEL = "ray.io/node-id"
+UNKNOWN = "unknown"
 PROCESS_DIED = "worker process has died"
 OUT_OF_MEMORY = "running low on memory|OutOfMemory"
 """Ray's words: a process ended on a node that is alive, of itself or by Ray's own memory monitor."""
@@ -283,9 +284,9 @@ class Pool:
         starved = isinstance(error, RayError) and bool(re.search(OUT_OF_MEMORY, str(error)))
         died = starved or (isinstance(error, ActorDiedError) and PROCESS_DIED in str(error))
         self._lightened += starved
-        if died or outcome == "hung" or worker.errors >= TRIES:
-            self._deaths[self._node_of(worker)] += 1
         self._dismiss(worker)
+        if died or outcome == "hung" or worker.errors >= TRIES:
+            self._count_death(self._node_of(worker))
         flights, worker.flights = worker.flights, []
         if flights and (died or outcome == "hung"):
             # To the end of the queue: a sick node must not take all tries of one key.
@@ -296,11 +297,19 @@ class Pool:
             self._log(flights[0], outcome, reason(error))
         self._resize()
 
+    def _count_death(self, node: str) -> None:
+        self._deaths[node] += 1
+        if self._deaths[node] == TRIES and node in self._sick():
+            # Those that wait for room were hired for any node, and the one that died has just made room.
+            for worker in [worker for worker in self._workers if not worker.ready]:
+                if self._node_of(worker) in (node, UNKNOWN):
+                    self._dismiss(worker)
+
     def _node_of(self, worker: _Worker) -> str:
         try:
             return str(ray.get(worker.where, timeout=0))
         except RayError:
-            return "unknown"
+            return UNKNOWN
 
     def _log(self, flight: _Flight, outcome: Outcome, error: str) -> None:
         seconds = time.monotonic() - flight.started
