@@ -275,26 +275,31 @@ class Pool:
         self._log(flight, "error", reason(error))
         self._keys.fail(flight.key, error, for_good=repeats(error))
         flight.worker.errors += not repeats(error)
-        if flight.worker.errors >= TRIES:
-            # What fails at every key may be the process or its GPU; another one may be on a better node.
-            self._lose(flight.worker, error, "lost")
+        if flight.worker.errors >= TRIES and self._seconds:
+            # Others succeed: it may be the process or its GPU that fails, and another one may be on a better node.
+            self._let_go(flight.worker, blamed=True)
 
     def _lose(self, worker: _Worker, error: BaseException, outcome: Outcome) -> None:
         """The worker is gone, or has to go: its keys wait again, and the one it was at is blamed if it was a death."""
         starved = isinstance(error, RayError) and bool(re.search(OUT_OF_MEMORY, str(error)))
         died = starved or (isinstance(error, ActorDiedError) and PROCESS_DIED in str(error))
         self._lightened += starved
+        blamed = died or outcome == "hung"
+        if worker.flights:
+            self._log(worker.flights[0], outcome, reason(error))
+        if worker.flights and blamed:
+            # To the end of the queue: a sick node must not take all tries of one key.
+            self._keys.fail(worker.flights[0].key, error)
+        self._let_go(worker, blamed=blamed)
+
+    def _let_go(self, worker: _Worker, *, blamed: bool) -> None:
+        """End the worker, whose keys wait again; ``blamed``: it or its node is at fault."""
         self._dismiss(worker)
-        if died or outcome == "hung" or worker.errors >= TRIES:
+        if blamed:
             self._count_death(self._node_of(worker))
         flights, worker.flights = worker.flights, []
-        if flights and (died or outcome == "hung"):
-            # To the end of the queue: a sick node must not take all tries of one key.
-            self._keys.fail(flights[0].key, error)
         for flight in reversed(flights):
             self._keys.give_back(flight.key)
-        if flights and worker.errors < TRIES:
-            self._log(flights[0], outcome, reason(error))
         self._resize()
 
     def _count_death(self, node: str) -> None:
