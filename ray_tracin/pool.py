@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 
 from ray_tracin.assignment import TRIES, Assignment
 from ray_tracin.stages import Attempt, Outcome, Report, Stage, StageError, StageWorker
@@ -30,6 +30,7 @@ SHORT_SECONDS = 1.0
 REMEMBERED = 200
 """Keys whose times say what is usual."""
 POLL_SECONDS = 0.5
+VERDICT_SECONDS = 2.0
 RESIZE_SECONDS = 2.0
 IDLE_SECONDS = 30.0
 """Idle workers of a cluster that grows and shrinks are let go after this long."""
@@ -254,7 +255,7 @@ class Pool:
             self._next(worker)
             self._erred(flight, cause_of(error))
         except RayError as error:
-            self._lose(worker, error, "lost")
+            self._lose(worker, _verdict(worker.actor, error), "lost")
         else:
             self._next(worker)
             worker.errors = 0
@@ -390,6 +391,17 @@ class Pool:
             self._dismiss(worker)
         for worker in self._workers:
             worker.opening, worker.ready = None, False
+
+
+def _verdict(actor: Any, error: RayError) -> RayError:
+    """What became of an actor: one that is only said to be unavailable is asked again, once, for a moment."""
+    if not isinstance(error, ActorUnavailableError):
+        return error
+    try:
+        ray.get(actor.where.remote(), timeout=VERDICT_SECONDS)
+    except RayError as later:
+        return later if isinstance(later, ActorDiedError) else error
+    return error
 
 
 def room_for(options: dict[str, Any], avoid: set[str] | None = None) -> int:

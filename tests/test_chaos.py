@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from ray.util import get_node_ip_address
 from test_cli import ROOT, arrays_and_tables, drive, started_times
 
 from ray_tracin.runs import Run
@@ -227,8 +228,9 @@ FAKE_PROVIDER = {
 def test_the_cluster_grows_from_no_gpu_to_three_and_back(tmp_path: Path) -> None:
     """The autoscaler's own fake provider starts real raylets; the demand is the pool's, nothing else asks."""
     config = tmp_path / "fake.yaml"
-    config.write_text(json.dumps(FAKE_PROVIDER))  # JSON is YAML.
     port = 20000 + os.getpid() % 10000
+    provider = {**FAKE_PROVIDER["provider"], "gcs_address": f"{get_node_ip_address()}:{port}"}  # type: ignore[dict-item]
+    config.write_text(json.dumps({**FAKE_PROVIDER, "provider": provider}))  # JSON is YAML.
     head_id = FAKE_PROVIDER["provider"]["head_node_id"]  # type: ignore[index]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=0"]
     head = subprocess.Popen(
