@@ -16,7 +16,7 @@ import ray.data
 from ray.exceptions import RayError
 
 from ray_tracin.assignment import Assignment
-from ray_tracin.pool import reason, repeats, stage_error
+from ray_tracin.faults import reason, repeats, stage_error
 from ray_tracin.stages import Attempt, Report, Stage, StageWorker
 from ray_tracin.store import now
 

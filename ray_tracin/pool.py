@@ -10,7 +10,6 @@ those that are idle or not needed any more are let go. A node whose workers keep
 """
 
 import logging
-import re
 import statistics
 import time
 from collections import Counter, deque
@@ -19,10 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from ray_tracin.assignment import TRIES, Assignment
-from ray_tracin.stages import Attempt, Outcome, Report, Stage, StageError, StageWorker
+from ray_tracin.faults import cause_of, process_died, ran_out_of_memory, reason, repeats, stage_error, verdict
+from ray_tracin.stages import Attempt, Outcome, Report, Stage, StageWorker
 from ray_tracin.store import now
 
 SHORT_SECONDS = 1.0
@@ -30,7 +30,6 @@ SHORT_SECONDS = 1.0
 REMEMBERED = 200
 """Keys whose times say what is usual."""
 POLL_SECONDS = 0.5
-VERDICT_SECONDS = 2.0
 RESIZE_SECONDS = 2.0
 IDLE_SECONDS = 30.0
 """Idle workers of a cluster that grows and shrinks are let go after this long."""
@@ -43,12 +42,8 @@ OPENING_SECONDS = 120.0
 """A worker that takes longer to get ready for a stage, and longer than two leases, is replaced."""
 WAITING_SECONDS = 60.0
 """After this long without any worker, the pool says what it waits for."""
-SHOWN_FAILURES = 5
 NODE_LABEL = "ray.io/node-id"
 UNKNOWN = "unknown"
-PROCESS_DIED = "worker process has died"
-OUT_OF_MEMORY = "running low on memory|OutOfMemory"
-"""Ray's words: a process ended on a node that is alive, of itself or by Ray's own memory monitor."""
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +250,7 @@ class Pool:
             self._next(worker)
             self._erred(flight, cause_of(error))
         except RayError as error:
-            self._lose(worker, _verdict(worker.actor, error), "lost")
+            self._lose(worker, verdict(worker.actor, error), "lost")
         else:
             self._next(worker)
             worker.errors = 0
@@ -282,10 +277,8 @@ class Pool:
 
     def _lose(self, worker: _Worker, error: BaseException, outcome: Outcome) -> None:
         """The worker is gone, or has to go: its keys wait again, and the one it was at is blamed if it was a death."""
-        starved = isinstance(error, RayError) and bool(re.search(OUT_OF_MEMORY, str(error)))
-        died = starved or (isinstance(error, ActorDiedError) and PROCESS_DIED in str(error))
-        self._lightened += starved
-        blamed = died or outcome == "hung"
+        self._lightened += ran_out_of_memory(error)
+        blamed = process_died(error) or outcome == "hung"
         if worker.flights:
             self._log(worker.flights[0], outcome, reason(error))
         if worker.flights and blamed:
@@ -393,17 +386,6 @@ class Pool:
             worker.opening, worker.ready = None, False
 
 
-def _verdict(actor: Any, error: RayError) -> RayError:
-    """What became of an actor: one that is only said to be unavailable is asked again, once, for a moment."""
-    if not isinstance(error, ActorUnavailableError):
-        return error
-    try:
-        ray.get(actor.where.remote(), timeout=VERDICT_SECONDS)
-    except RayError as later:
-        return later if isinstance(later, ActorDiedError) else error
-    return error
-
-
 def room_for(options: dict[str, Any], avoid: set[str] | None = None) -> int:
     """How many workers of these options the nodes that are there have room for, if they do nothing else."""
     wanted = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus"), "memory": options.get("memory")}
@@ -415,36 +397,3 @@ def room_for(options: dict[str, Any], avoid: set[str] | None = None) -> int:
 def _shown(options: dict[str, Any]) -> str:
     wanted = {"CPUs": options.get("num_cpus"), "GPUs": options.get("num_gpus"), "GiB": options.get("memory", 0) / 2**30}
     return ", ".join(f"{need:.3g} {name}" for name, need in wanted.items() if need)
-
-
-def cause_of(error: RayTaskError) -> BaseException:
-    """What the work itself raised."""
-    return error.cause if isinstance(error.cause, BaseException) else error
-
-
-def repeats(error: BaseException) -> bool:
-    """Whether doing the key again would fail again: what the user must mend, or storage that is full."""
-    return isinstance(error, ValueError | OSError) and not isinstance(error, TimeoutError | RayError)
-
-
-def stage_error(stage: Stage[Any], failures: dict[Any, BaseException], keys: int) -> StageError:
-    """What a stage reports at its end about the keys that failed."""
-    lines = [f"{key}: {reason(error)}" for key, error in list(failures.items())[:SHOWN_FAILURES]]
-    more = f"\n  … and {len(failures) - SHOWN_FAILURES} more" if len(failures) > SHOWN_FAILURES else ""
-    return StageError(
-        f"stage {stage.name}: {len(failures)} of {keys} keys failed, the others are done and kept:\n  "
-        + "\n  ".join(lines)
-        + more
-    )
-
-
-def reason(error: BaseException) -> str:
-    """The error in one line; all of it where it speaks to the user."""
-    if isinstance(error, RayError) and re.search(OUT_OF_MEMORY, str(error)):
-        return "its worker was ended because the node ran out of memory"
-    if isinstance(error, ActorDiedError) and PROCESS_DIED in str(error):
-        return "its worker's process died: killed, crashed, or out of memory"
-    if isinstance(error, RayError) and not isinstance(error, RayTaskError):
-        return f"its worker went away ({type(error).__name__})"
-    text = str(error).strip() or type(error).__name__
-    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text.splitlines()[-1]}"

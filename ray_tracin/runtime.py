@@ -23,9 +23,10 @@ from ray.exceptions import RayError, RayTaskError
 
 from ray_tracin.assignment import TRIES
 from ray_tracin.config import RunConfig
+from ray_tracin.faults import cause_of, reason, stage_error
 from ray_tracin.phantom import Edition, patient_grades, write_patient, write_tables
 from ray_tracin.planning import GIB, plan_of
-from ray_tracin.pool import Pool, cause_of, reason, room_for, stage_error
+from ray_tracin.pool import Pool, room_for
 from ray_tracin.stages import Attempt, Event, Listener, Report, Stage, StageWorker
 from ray_tracin.store import IncompleteRunError, now
 

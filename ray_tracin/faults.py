@@ -1,0 +1,73 @@
+"""What an error that came back from Ray means: whose fault it is, whether it would repeat, and how it is told."""
+
+import re
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
+
+from ray_tracin.stages import Stage, StageError
+
+SHOWN_FAILURES = 5
+VERDICT_SECONDS = 2.0
+PROCESS_DIED = "worker process has died"
+OUT_OF_MEMORY = "running low on memory|OutOfMemory"
+"""Ray's words: a process ended on a node that is alive, of itself or by Ray's own memory monitor."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether Ray ended the worker because its node ran out of memory."""
+    return isinstance(error, RayError) and not isinstance(error, RayTaskError) and _says(error, OUT_OF_MEMORY)
+
+
+def process_died(error: BaseException) -> bool:
+    """Whether the worker's process ended, for whatever reason, on a node that is alive."""
+    return ran_out_of_memory(error) or (isinstance(error, ActorDiedError) and _says(error, PROCESS_DIED))
+
+
+def _says(error: BaseException, words: str) -> bool:
+    return re.search(words, str(error)) is not None
+
+
+def verdict(actor: Any, error: RayError) -> RayError:
+    """What became of an actor: one that is only said to be unavailable is asked again, once, for a moment."""
+    if not isinstance(error, ActorUnavailableError):
+        return error
+    try:
+        ray.get(actor.where.remote(), timeout=VERDICT_SECONDS)
+    except RayError as later:
+        return later if isinstance(later, ActorDiedError) else error
+    return error
+
+
+def cause_of(error: RayTaskError) -> BaseException:
+    """What the work itself raised."""
+    return error.cause if isinstance(error.cause, BaseException) else error
+
+
+def repeats(error: BaseException) -> bool:
+    """Whether doing the key again would fail again: what the user must mend, or storage that is full."""
+    return isinstance(error, ValueError | OSError) and not isinstance(error, TimeoutError | RayError)
+
+
+def stage_error(stage: Stage[Any], failures: dict[Any, BaseException], keys: int) -> StageError:
+    """What a stage reports at its end about the keys that failed."""
+    lines = [f"{key}: {reason(error)}" for key, error in list(failures.items())[:SHOWN_FAILURES]]
+    more = f"\n  … and {len(failures) - SHOWN_FAILURES} more" if len(failures) > SHOWN_FAILURES else ""
+    return StageError(
+        f"stage {stage.name}: {len(failures)} of {keys} keys failed, the others are done and kept:\n  "
+        + "\n  ".join(lines)
+        + more
+    )
+
+
+def reason(error: BaseException) -> str:
+    """The error in one line; all of it where it speaks to the user."""
+    if ran_out_of_memory(error):
+        return "its worker was ended because the node ran out of memory"
+    if process_died(error):
+        return "its worker's process died: killed, crashed, or out of memory"
+    if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+        return f"its worker went away ({type(error).__name__})"
+    text = str(error).strip() or type(error).__name__
+    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text.splitlines()[-1]}"
