@@ -255,10 +255,13 @@ class Pool:
             self._next(worker)
             worker.errors = 0
             self._seconds.append(seconds)
-            if self._keys.finish(flight.key):
-                self._report(flight.key)
-            else:
-                self._log(flight, "copy", "another worker was first")
+            self._count(flight)
+
+    def _count(self, flight: _Flight) -> None:
+        if self._keys.finish(flight.key):
+            self._report(flight.key)
+        else:
+            self._log(flight, "copy", "another worker was first")
 
     def _next(self, worker: _Worker) -> None:
         """The worker goes on with the next key in its hands: from now on the time counts as that key's."""
@@ -277,6 +280,7 @@ class Pool:
 
     def _lose(self, worker: _Worker, error: BaseException, outcome: Outcome) -> None:
         """The worker is gone, or has to go: its keys wait again, and the one it was at is blamed if it was a death."""
+        self._land_written(worker)
         self._lightened += ran_out_of_memory(error)
         blamed = process_died(error) or outcome == "hung"
         if worker.flights:
@@ -285,6 +289,20 @@ class Pool:
             # To the end of the queue: a sick node must not take all tries of one key.
             self._keys.fail(worker.flights[0].key, error)
         self._let_go(worker, blamed=blamed)
+
+    def _land_written(self, worker: _Worker) -> None:
+        """Count what the worker had finished: Ray loses the answer where the process dies soon after giving it.
+
+        Without this, the key before the one that ends the worker would be blamed for it.
+        """
+        run = self._stage.run
+        while worker.flights:
+            receipt = run.store.read_receipt(self._stage.name, str(worker.flights[0].key))
+            if receipt is None or (receipt.worker, receipt.fingerprint) != (worker.name, run.fingerprint):
+                return
+            flight = worker.flights[0]
+            self._next(worker)
+            self._count(flight)
 
     def _let_go(self, worker: _Worker, *, blamed: bool) -> None:
         """End the worker, whose keys wait again; ``blamed``: it or its node is at fault."""
