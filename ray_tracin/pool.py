@@ -297,7 +297,10 @@ class Pool:
         """
         run = self._stage.run
         while worker.flights:
-            receipt = run.store.read_receipt(self._stage.name, str(worker.flights[0].key))
+            try:
+                receipt = run.store.read_receipt(self._stage.name, str(worker.flights[0].key))
+            except OSError:
+                return  # Doing a key again is dearer than asking, and always right.
             if receipt is None or (receipt.worker, receipt.fingerprint) != (worker.name, run.fingerprint):
                 return
             flight = worker.flights[0]
