@@ -146,16 +146,16 @@ def test_gradients_in_halved_batches_are_the_same(
     work, key = stage.open(), stage.keys()[0]
     path, rows = attribution.gradients_path(key.epoch, key.query_set), (slice(key.start, key.stop), slice(0, 1000))
     before = tiny_run.store.read(path, rows)
-    original = attribution._GradientWork._batch
+    original = attribution.ShardDifferentiator._batch
 
     def short_of_memory(self: Any, *arguments: Any) -> Any:
         if arguments[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return original(self, *arguments)
 
-    monkeypatch.setattr(attribution._GradientWork, "_batch", short_of_memory)
+    monkeypatch.setattr(attribution.ShardDifferentiator, "_batch", short_of_memory)
     work(key)
-    assert work._step == 2  # type: ignore[attr-defined]
+    assert work.args[1]._step == 2  # type: ignore[attr-defined]
     np.testing.assert_allclose(tiny_run.store.read(path, rows), before, rtol=1e-4, atol=1e-7)
     monkeypatch.undo()
     stage.open()(key)  # The fixture's bytes as they were.
