@@ -71,7 +71,7 @@ def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def in_a_process(script: str, *arguments: object, seconds: float = 240, **environment: str) -> dict[str, Any]:
-    """The last line that a script prints, as JSON; the whole group is ended in the end."""
+    """The last object that a script prints, as JSON; the whole group is ended in the end."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     process = subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
@@ -86,7 +86,8 @@ def in_a_process(script: str, *arguments: object, seconds: float = 240, **enviro
     finally:
         _end_tree(process)
     assert process.returncode == 0, errors[-4000:]
-    return dict(json.loads(out.splitlines()[-1]))
+    # Ray prints where it likes.
+    return dict(json.loads([line for line in out.splitlines() if line.startswith("{")][-1]))
 
 
 NODES = """
