@@ -1,17 +1,64 @@
-"""What the commands `sketches` and `query` say: what an index is worth, a scan's explanation in lines or a file."""
+"""What commands answer with: tables of status, rankings and agreement, a scan's explanation in lines or a file."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from ray_tracin.explanation import RegionExplanation
+from ray_tracin.pipeline import StageStatus
 from ray_tracin.querying import ScanExplanation
 from ray_tracin.store import RunStore
 
 SHOWN = 3
 """Proponents and opponents of a region that its lines name."""
+
+
+SHOWN_FEATURES = 3
+"""Predictive features that a line of an explanation names."""
+TITLES = {"proponent": "Proponents", "neutral": "Neutral regions", "opponent": "Opponents"}
+
+
+def status_table(lines: Sequence[StageStatus]) -> Table:
+    """Where every stage stands and what it cost, a line each, and all together."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for column in ("stage", "done", "of", "per min", "left, s", "again", "worker, s", "GiB", "freed"):
+        table.add_column(column, no_wrap=True)
+    for line in lines:
+        cost, left = line.cost, line.seconds_left
+        table.add_row(
+            line.stage,
+            str(line.done),
+            "?" if line.total is None else str(line.total),
+            f"{cost.keys_a_minute:.1f}" if cost.keys_a_minute else "",
+            f"{left:.0f}" if left else "",
+            str(cost.retries or ""),
+            f"{cost.worker_seconds:.1f}",
+            f"{cost.peak_memory / 2**30:.2f}" if cost.peak_memory else "",
+            str(line.released or ""),
+        )
+    seconds = sum(line.cost.worker_seconds for line in lines)
+    retries = sum(line.cost.retries for line in lines)
+    table.add_row("in all", "", "", "", "", str(retries or ""), f"{seconds:.1f}", "", "", style="bold")
+    return table
+
+
+def ranking_table(found: RegionExplanation, name: str) -> Table:
+    """The proponents, neutral regions or opponents of an explanation."""
+    title = f"{TITLES[name]}, by {found.ranked_by} influence"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for heading in ("rank", "influence", "cosine", "patient", "slice", "class", "overlap", "features"):
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("rank", "influence", "class"))
+    for line in found.rankings[name].to_dict("records"):
+        features = ", ".join(f"{feature} ({value:.2f})" for feature, value in found.links(line, SHOWN_FEATURES))
+        where = (line["patient"], line["index"], line["class_name"], f"{line['overlap']:.2f}")
+        rank = f"{line['rank']}{'*' if line['is_global'] else ''}"
+        values = (rank, f"{line['influence']:.4g}", f"{line['cosine']:.3f}", *where, features)
+        table.add_row(*(escape(str(value)) for value in values))
+    return table
 
 
 def agreement_table(agreement: pd.DataFrame, classes: Sequence[str]) -> Table:

@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ray_tracin.answers import agreement_table, scan_lines, write_ranking
+from ray_tracin.answers import agreement_table, ranking_table, scan_lines, status_table, write_ranking
 from ray_tracin.charts import findings
 from ray_tracin.datasets import execute_on_ray_data
-from ray_tracin.explanation import RegionExplanation, explain_region
+from ray_tracin.explanation import explain_region
 from ray_tracin.figures import DrawFigures, draw_explanation
 from ray_tracin.integrity import FOREIGN, repair, verify
 from ray_tracin.labelmaps import export_label_maps
 from ray_tracin.phantom import Edition
-from ray_tracin.pipeline import STEPS, Executors, StageStatus, index_sketches, is_prepared, run_to, status
+from ray_tracin.pipeline import STEPS, Executors, index_sketches, is_prepared, run_to, status
 from ray_tracin.planning import measure, plan_run
 from ray_tracin.progress import progress
 from ray_tracin.querying import EXACT, explain_scan
@@ -36,9 +35,6 @@ from ray_tracin.stages import Listener, Report, Stage
 
 DEMO_PATIENTS = 28
 LOG_WIDTH = 160
-SHOWN_FEATURES = 3
-"""Predictive features that a line of an explanation names."""
-TITLES = {"proponent": "Proponents", "neutral": "Neutral regions", "opponent": "Opponents"}
 
 app = typer.Typer(
     help="Explain a segmentation network by its training data.",
@@ -236,7 +232,7 @@ def status_command(run: RunOption, debug: DebugOption = False) -> None:
     with _failing_clearly(debug):
         with _configuring(debug):
             opened = open_run(run)
-        out.print(_status_table(status(opened)))
+        out.print(status_table(status(opened)))
 
 
 @app.command("verify")
@@ -299,7 +295,7 @@ def explain(
         if found.global_explainers and not keep_global:
             out.print(f"{found.global_explainers} global explainers of this class are left out (--keep-global)")
         for name in found.rankings:
-            out.print(_ranking_table(found, name))
+            out.print(ranking_table(found, name))
         if picture is not None:
             draw_explanation(opened, found, picture)
             out.print(f"drawn in {picture}", markup=False)
@@ -384,43 +380,6 @@ def _complete(run: Run, step: str, listen: Listener, kind: str) -> None:
             execute_on_ray_data(stage, keys, report)
 
         run_to(run, step, Executors(pool=pool, tables=write_tables), listen)
-
-
-def _status_table(lines: Sequence[StageStatus]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for column in ("stage", "done", "of", "per min", "left, s", "again", "worker, s", "GiB", "freed"):
-        table.add_column(column, no_wrap=True)
-    for line in lines:
-        cost, left = line.cost, line.seconds_left
-        table.add_row(
-            line.stage,
-            str(line.done),
-            "?" if line.total is None else str(line.total),
-            f"{cost.keys_a_minute:.1f}" if cost.keys_a_minute else "",
-            f"{left:.0f}" if left else "",
-            str(cost.retries or ""),
-            f"{cost.worker_seconds:.1f}",
-            f"{cost.peak_memory / 2**30:.2f}" if cost.peak_memory else "",
-            str(line.released or ""),
-        )
-    seconds = sum(line.cost.worker_seconds for line in lines)
-    retries = sum(line.cost.retries for line in lines)
-    table.add_row("in all", "", "", "", "", str(retries or ""), f"{seconds:.1f}", "", "", style="bold")
-    return table
-
-
-def _ranking_table(found: RegionExplanation, name: str) -> Table:
-    title = f"{TITLES[name]}, by {found.ranked_by} influence"
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for heading in ("rank", "influence", "cosine", "patient", "slice", "class", "overlap", "features"):
-        table.add_column(heading, overflow="fold", no_wrap=heading in ("rank", "influence", "class"))
-    for line in found.rankings[name].to_dict("records"):
-        features = ", ".join(f"{feature} ({value:.2f})" for feature, value in found.links(line, SHOWN_FEATURES))
-        where = (line["patient"], line["index"], line["class_name"], f"{line['overlap']:.2f}")
-        rank = f"{line['rank']}{'*' if line['is_global'] else ''}"
-        values = (rank, f"{line['influence']:.4g}", f"{line['cosine']:.3f}", *where, features)
-        table.add_row(*(_literal(str(value)) for value in values))
-    return table
 
 
 def _print_plan(title: str, lines: Sequence[tuple[str, str]]) -> None:

@@ -1,4 +1,4 @@
-"""The configuration of a run: one frozen model a stage, read from one YAML file, presets, and the fingerprint.
+"""The configuration of a run: one frozen model a stage, and the fingerprint.
 
 A field either changes the answer or only the speed. The first kind is fingerprinted and stored with the run: a run
 resumes on another cluster, never with another configuration. The second kind (``resources``, ``gradients.keep``) is
@@ -7,12 +7,11 @@ marked with ``speed_only`` and may differ from one invocation to the next.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from ray_tracin.vocabulary import Precision
 
@@ -325,118 +324,6 @@ class RunConfig(Section):
     def to_yaml(self) -> str:
         """The whole configuration, as ``from_yaml`` reads it."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # Synthetic patients at 2 mm, a small UNet, minutes on two CPU cores.
-    "demo": {
-        "data": {"size": 96, "slices": {"count": 8}},
-        "model": {"width": 8},
-        "training": {"epochs": 12, "adam_learning_rate": 5e-3},
-        "influence": {"tile_slices": 88},
-    },
-    # The text of the paper and, where it is silent, the authors' public code.
-    "paper": {
-        "seed": 1234,
-        "data": {
-            "grade": "HGG",
-            "cohort": "brats2019",
-            "slices": {"selection": "list", "indices": list(range(90, 100))},
-            "crop_start": 27,
-            "intensity": "maximum",
-        },
-        "training": {"dice": "batch"},
-        "gradients": {"dtype": "bfloat16", "shard_slices": 8},
-        "influence": {"tile_slices": 207},
-        "resources": {"memory_per_worker": 48.0},
-    },
-}
-
-
-def build_config(
-    preset: str | None = None, document: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
-) -> RunConfig:
-    """The configuration of a preset, changed by a YAML document, changed by ``key.path=value`` overrides.
-
-    Raises:
-        ValueError: an unknown preset, an unknown key (the known ones are listed), or a value out of range.
-    """
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-    values = _merged(PRESETS[preset] if preset else {}, document or {})
-    for override in overrides:
-        values = _merged(values, _parsed(override))
-    return parse_config(values)
-
-
-def parse_config(values: Mapping[str, Any]) -> RunConfig:
-    """A validated configuration of plain values.
-
-    Raises:
-        ValueError: with one line an error, each naming the key, what was found, and what is known or expected.
-    """
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise ValueError("\n".join(_explained(problem) for problem in error.errors())) from None
-
-
-def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """The mapping of a YAML document.
-
-    Raises:
-        ValueError: the text is no YAML, or no mapping; the message names ``where`` it came from.
-    """
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not valid YAML: {error}") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{where} must hold a mapping of settings such as `data:`, got {type(document).__name__}")
-    return document
-
-
-def _parsed(override: str) -> dict[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"an override reads key.path=value, got {override!r}")
-    value: Any = yaml.safe_load(text)
-    for part in reversed(key.strip().split(".")):
-        value = {part: value}
-    return dict(value)
-
-
-def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in change.items():
-        old = result.get(key)
-        # Label maps are replaced whole: merging two of them would mix two schemes.
-        nested = isinstance(old, Mapping) and isinstance(value, Mapping) and key != "labels"
-        result[key] = _merged(old, value) if nested else value  # type: ignore[arg-type]
-    return result
-
-
-def _explained(problem: Mapping[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    where = ".".join(location) or "configuration"
-    if problem["type"] != "extra_forbidden":
-        message = str(problem["msg"]).removeprefix("Value error, ")
-        shown = "" if isinstance(problem["input"], BaseModel | Mapping) else f", got {problem['input']!r}"
-        return f"{where}: {message}{shown}"
-    section = _section(RunConfig, location[:-1])
-    return f"unknown setting {where!r}; known here: {', '.join(sorted(section.model_fields))}"
-
-
-def _section(model: type[BaseModel], path: Iterable[str]) -> type[BaseModel]:
-    for name in path:
-        model = _section_type(model.model_fields[name])
-    return model
-
-
-def _section_type(field: FieldInfo) -> type[BaseModel]:
-    if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-        raise TypeError(f"{field.annotation} is no section of the configuration")
-    return field.annotation
 
 
 def _without_speed(section: BaseModel) -> dict[str, Any]:

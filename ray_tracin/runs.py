@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from ray_tracin import store as paths
-from ray_tracin.config import FORMAT_VERSION, RunConfig, build_config, parse_config, parse_yaml
+from ray_tracin.config import FORMAT_VERSION, RunConfig
 from ray_tracin.objects import StoredFile
+from ray_tracin.presets import build_config, parse_config, parse_yaml
 from ray_tracin.store import Array, Receipt, RunStore, ZarrArray
 from ray_tracin.unet import build_unet
 from ray_tracin.vocabulary import QUERY_SETS, QuerySet, checkpoint_name

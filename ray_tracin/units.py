@@ -278,7 +278,7 @@ def _batch_norm_weight(
     assert module.running_mean is not None, "refused by frozen_copy"
     assert module.running_var is not None, "refused by frozen_copy"
     read, asked = (part.reshape(slices, len(module.running_mean), -1) for part in (inputs, output_gradients))
-    centred = torch.linalg.vecdot(asked, read).double() - module.running_mean.double() * asked.sum(2).double()
+    centred: Tensor = torch.linalg.vecdot(asked, read).double() - module.running_mean.double() * asked.sum(2).double()
     return (centred * (module.running_var.double() + module.eps).rsqrt()).to(inputs.dtype)
 
 

@@ -96,7 +96,7 @@ from pathlib import Path
 import numpy as np, ray
 from ray.cluster_utils import Cluster
 from faulty import ARRAY, Square
-from ray_tracin.config import build_config
+from ray_tracin.presets import build_config
 from ray_tracin.costs import collect_events
 from ray_tracin.runs import Run, start_run
 from ray_tracin.runtime import RayExecutor

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from ray_tracin.config import PRESETS, RunConfig, build_config, parse_yaml
+from ray_tracin.config import RunConfig
+from ray_tracin.presets import PRESETS, build_config, parse_yaml
 
 
 def test_yaml_round_trip_keeps_everything() -> None:

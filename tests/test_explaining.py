@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import zarr
 
-from ray_tracin.config import ExplainersConfig, build_config
+from ray_tracin.config import ExplainersConfig
 from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explaining import (
     CountLists,
@@ -19,6 +19,7 @@ from ray_tracin.explaining import (
     TabulateRankings,
     global_columns,
 )
+from ray_tracin.presets import build_config
 from ray_tracin.runs import Run, open_run
 from ray_tracin.stages import Executor, complete, execute_serially
 from ray_tracin.store import RunStore

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from ray_tracin.calibration import NOMINAL, Rates, calibrate
-from ray_tracin.config import build_config
 from ray_tracin.planning import GIB, Plan, plan_run
+from ray_tracin.presets import build_config
 
 SMALL = ["data.size=32", "model={width: 4, depth: 3}", "regions.threshold=0.5", "resources.workers=2"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from faulty import ARRAY, Square
 
-from ray_tracin.config import build_config
+from ray_tracin.presets import build_config
 from ray_tracin.runs import Run, start_run
 from ray_tracin.runtime import RayExecutor
 from ray_tracin.stages import Event, Executor, Stage, StageError, complete, done_receipts, execute_serially
