@@ -16,6 +16,7 @@ from flaky import FAULTS, Faults, faulty
 from ray_tracin.integrity import verify
 from ray_tracin.objects import Objects, StorageError
 from ray_tracin.pipeline import STEPS, Executors, run_to
+from ray_tracin.report import PAGE
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.stages import execute_serially, sound_receipts
 from ray_tracin.store import Receipt, RunStore
@@ -37,10 +38,10 @@ def s3(server: str) -> Iterator[str]:
 
 
 def contents(uri: str) -> dict[str, bytes]:
-    """Every array, table, checkpoint and figure; what holds times, and the configuration are left out."""
+    """Every array, table, checkpoint and figure; what holds times or says where the run is, is left out."""
     objects = Objects(uri)
     kept = [path for path in objects.sizes() if path.split("/")[0] not in {"receipts", "claims", "attempts"}]
-    kept = [path for path in kept if path not in {"config.yaml", "versions.json", "events.parquet"}]
+    kept = [path for path in kept if path not in {"config.yaml", "versions.json", "events.parquet", PAGE}]
     return dict(zip(kept, objects.parallel(objects.get, kept), strict=True))
 
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from ray_tracin.attribution import Differentiate
 from ray_tracin.cli import app
 from ray_tracin.indexing import IndexSketches, agreement_path, indexed_sizes
-from ray_tracin.pipeline import Executors, index_sketches, release_gradients, status, verify
+from ray_tracin.integrity import verify
+from ray_tracin.pipeline import Executors, index_sketches, release_gradients, status
 from ray_tracin.querying import EXACT, explain_scan, read_scan, scan_influence
 from ray_tracin.runs import Run, open_run
 from ray_tracin.stages import complete, execute_serially
