@@ -3,11 +3,13 @@
 Ray Data schedules the keys over the cluster; the rows go from the worker to the run's storage under names that their
 keys determine, so that a second run replaces files instead of adding to them (Ray Data's own Parquet writer appends).
 An error in one key would end a whole Ray Data job; it comes back as the key's answer instead, and the key is tried
-again in the next job.
+again in the next job. So is a key that gives no answer because its process ended: by itself, Ray Data would try it for
+ever. Every key is a block of its own, so that it is lost alone.
 """
 
 import logging
 import pickle
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +18,7 @@ import ray.data
 from ray.exceptions import RayError
 
 from ray_tracin.assignment import Assignment
-from ray_tracin.faults import reason, repeats, stage_error
+from ray_tracin.faults import NoAnswerError, ended_after, reason, repeats, stage_error
 from ray_tracin.stages import Attempt, Report, Stage, StageWorker
 from ray_tracin.store import now
 
@@ -25,7 +27,8 @@ def write_table(row: dict[str, Any], stage: Stage[Any], keys: Sequence[Any]) -> 
     """Do the key at a position; what comes back says only which, and what was raised. A mapper of Ray Data."""
     position = int(row["item"])
     try:
-        StageWorker(stage).do(keys[position])
+        with ended_after(2 * stage.run.config.resources.lease_seconds):
+            StageWorker(stage).do(keys[position])
     except Exception as error:
         return {"item": position, "error": _pickled(error)}
     return {"item": position, "error": b""}
@@ -44,7 +47,7 @@ def execute_on_ray_data(stage: Stage[Any], keys: Sequence[Any], report: Report) 
     Raises:
         StageError: some keys failed; all others were done.
     """
-    _be_quiet()
+    _configure()
     assigned = Assignment(keys)
     while not assigned.over:
         waiting = []
@@ -59,11 +62,10 @@ def execute_on_ray_data(stage: Stage[Any], keys: Sequence[Any], report: Report) 
 
 
 def _run_job(stage: Stage[Any], keys: Sequence[Any], assigned: Assignment, report: Report) -> None:
-    positions = ray.data.from_items(list(range(len(keys))), override_num_blocks=len(keys))
-    mapper: Any = partial(write_table, stage=stage, keys=list(keys))
-    written = positions.map(mapper, num_cpus=1, concurrency=stage.run.config.resources.workers)
-    for row in written.iter_rows():
+    began, silent = now(), dict.fromkeys(keys)
+    for row in _dataset(stage, keys).iter_rows():
         key = keys[int(row["item"])]
+        del silent[key]
         if not row["error"]:
             assigned.finish(key)
             report(key)
@@ -71,12 +73,25 @@ def _run_job(stage: Stage[Any], keys: Sequence[Any], assigned: Assignment, repor
         error = pickle.loads(row["error"])
         report(key, Attempt("error", reason(error), started=now()))
         assigned.fail(key, error, for_good=repeats(error))
+    for key in silent:
+        report(key, Attempt("lost", reason(NoAnswerError()), started=began, seconds=now() - began))
+        assigned.fail(key, NoAnswerError())
 
 
-def _be_quiet() -> None:
-    """Progress is told by the run itself."""
+def _dataset(stage: Stage[Any], keys: Sequence[Any]) -> ray.data.Dataset:
+    """The answers to the keys, as they come; a key whose process ended has none."""
+    positions = ray.data.from_items(list(range(len(keys))), override_num_blocks=len(keys))
+    mapper: Any = partial(write_table, stage=stage, keys=list(keys))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # That there will be another way to say how often Ray is to try.
+        return positions.map(mapper, num_cpus=1, concurrency=stage.run.config.resources.workers, max_retries=0)
+
+
+def _configure() -> None:
+    """Keys that are lost don't end the job; progress is told by the run itself."""
     context = ray.data.DataContext.get_current()
+    context.max_errored_blocks = -1
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name in ("ray.data", "ray._private", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)

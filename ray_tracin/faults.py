@@ -1,6 +1,9 @@
 """What an error that came back from Ray means: whose fault it is, whether it would repeat, and how it is told."""
 
+import faulthandler
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -13,6 +16,13 @@ VERDICT_SECONDS = 2.0
 PROCESS_DIED = "worker process has died"
 OUT_OF_MEMORY = "running low on memory|OutOfMemory"
 """Ray's words: a process ended on a node that is alive, of itself or by Ray's own memory monitor."""
+
+
+class NoAnswerError(RuntimeError):
+    """A key's process ended without a word, and of why nothing is known."""
+
+    def __init__(self) -> None:
+        super().__init__("its worker's process died: killed, crashed, out of memory, or hung for twice the lease")
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -38,6 +48,20 @@ def verdict(actor: Any, error: RayError) -> RayError:
     except RayError as later:
         return later if isinstance(later, ActorDiedError) else error
     return error
+
+
+@contextmanager
+def ended_after(seconds: float | None) -> Iterator[None]:
+    """Ends this process if the work in the context takes longer, and writes to its log where it hung.
+
+    For work that only Ray waits for, without a limit. It ends processes that hang in compiled code too.
+    """
+    if seconds is not None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def cause_of(error: RayTaskError) -> BaseException:
@@ -70,4 +94,8 @@ def reason(error: BaseException) -> str:
     if isinstance(error, RayError) and not isinstance(error, RayTaskError):
         return f"its worker went away ({type(error).__name__})"
     text = str(error).strip() or type(error).__name__
-    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text.splitlines()[-1]}"
+    return (
+        text
+        if isinstance(error, ValueError | OSError | NoAnswerError)
+        else f"{type(error).__name__}: {text.splitlines()[-1]}"
+    )

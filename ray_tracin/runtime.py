@@ -6,6 +6,7 @@ results travel through the run's storage, never through Ray's object store. What
 
 import logging
 import os
+import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,11 +24,11 @@ from ray.exceptions import RayError, RayTaskError
 
 from ray_tracin.assignment import TRIES
 from ray_tracin.config import RunConfig
-from ray_tracin.faults import cause_of, reason, stage_error
+from ray_tracin.faults import cause_of, ended_after, reason, repeats, stage_error
 from ray_tracin.phantom import Edition, patient_grades, write_patient, write_tables
 from ray_tracin.planning import GIB, plan_of
-from ray_tracin.pool import Pool, room_for
-from ray_tracin.stages import Attempt, Event, Listener, Report, Stage, StageWorker
+from ray_tracin.pool import SLOWER_THAN_MEDIAN, Pool, room_for
+from ray_tracin.stages import Attempt, Event, Listener, Outcome, Report, Stage, StageWorker
 from ray_tracin.store import IncompleteRunError, now
 
 OBJECT_STORE_BYTES = 128 << 20
@@ -162,24 +163,24 @@ def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Report) ->
     resources = stage.run.config.resources
     cpus = min(float(resources.training_threads), ray.cluster_resources().get("CPU", 1.0))
     options = _resource_options(stage, cpus)
-    left, losses = deque(keys), 0
-    began = now()
+    left, strikes = deque(keys), 0
     while left:
+        began = now()
         remote = ray.remote(num_returns="streaming", max_retries=0, **options)(_in_order)
         try:
             references: Any = remote.remote(stage, list(left))
             for reference in references:
                 ray.get(reference)
                 report(left.popleft())
-                losses, began = 0, now()
-        except RayTaskError as error:
-            raise stage_error(stage, {left[0]: cause_of(error)}, len(left)) from error
-        except RayError as error:
-            losses += 1
-            report(left[0], Attempt("lost", reason(error), started=began, seconds=now() - began))
-            began = now()
-            if losses == TRIES:
-                raise stage_error(stage, {left[0]: error}, len(left)) from error
+                strikes, began = 0, now()
+        except RayError as raised:
+            of_work = isinstance(raised, RayTaskError)
+            error = cause_of(raised) if isinstance(raised, RayTaskError) else raised
+            strikes += 1
+            if strikes == TRIES or repeats(error):
+                raise stage_error(stage, {left[0]: error}, len(left)) from raised
+            outcome: Outcome = "error" if of_work else "lost"
+            report(left[0], Attempt(outcome, reason(error), started=began, seconds=now() - began))
 
 
 def _execute_together(stage: Stage[Any], keys: Sequence[Any], report: Report) -> None:
@@ -196,9 +197,22 @@ def _execute_together(stage: Stage[Any], keys: Sequence[Any], report: Report) ->
 @no_type_check  # Ray asks whether this is a generator function, which a checking wrapper would hide.
 def _in_order(stage: Stage[Any], keys: Sequence[Any]) -> Iterator[str]:
     worker = StageWorker(stage)
+    seconds = [receipt.seconds for receipt in stage.run.store.receipts(stage.name).values()]
     for key in keys:
-        worker.do(key)
+        with ended_after(_longest(stage, seconds)):
+            seconds.append(worker.do(key).seconds)
         yield str(key)
+
+
+def _longest(stage: Stage[Any], seconds: Sequence[float]) -> float | None:
+    """Seconds after which a key is taken for hung, by those that the keys before it took; None for the first.
+
+    A key after which files were lost does what leads to it anew, which at the most is all keys.
+    """
+    if not seconds:
+        return None
+    many = max(SLOWER_THAN_MEDIAN, len(stage.keys()))
+    return 2 * max(float(stage.run.config.resources.lease_seconds), many * statistics.median(seconds))
 
 
 def _resource_options(stage: Stage[Any], cpus: float) -> dict[str, Any]:

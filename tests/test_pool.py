@@ -110,6 +110,24 @@ def test_keys_of_a_table_that_fail_leave_the_others_done(run: Run, attempts: Pat
     assert len(done_receipts(stage)) == 4
 
 
+@pytest.mark.slow
+def test_keys_of_a_table_whose_processes_die_or_hang_are_tried_again(run: Run, attempts: Path) -> None:
+    from ray_tracin.datasets import execute_on_ray_data
+
+    hasty = Run(run.store, build_config("demo", None, ["resources.lease_seconds=2"]))
+    stage = Square(hasty, attempts, {2: "killed", 4: "killed always", 8: "hangs"})
+    events: list[Event] = []
+    with pytest.raises(StageError) as caught:
+        complete(stage, execute_on_ray_data, events.append)
+    died = "its worker's process died: killed, crashed, out of memory, or hung for twice the lease"
+    assert str(caught.value) == (
+        f"stage square: 1 of 6 keys failed, the others are done and kept:\n  000004-000006: {died}"
+    )
+    assert [stage.tries(start) for start in range(0, 12, 2)] == [1, 2, 3, 1, 2, 1]
+    assert len(done_receipts(stage)) == 5
+    assert [event.detail for event in events if event.kind == "again"] == [f"lost: {died}"] * 5
+
+
 def test_nodes_without_the_memory_of_the_plan_are_refused(run: Run, attempts: Path) -> None:
     stage = Square(run, attempts)
     with pytest.raises(ValueError, match=r"a worker may need 1048576.00 GiB, and the node with the most memory has"):

@@ -136,3 +136,32 @@ def test_keys_in_order_go_on_in_one_task_and_after_a_kill_in_another(
     assert done == [str(SliceRange(start, start + 2)) for start in range(0, 12, 2)]
     assert [stage.tries(start) for start in range(0, 12, 2)] == [1, 1, 1, 2, 1, 1]
     assert np.array_equal(run.store.read(ARRAY), EXPECTED)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_keys_in_order_go_on_after_an_error_that_passes_and_after_a_hang(
+    local_cluster: str, run: Run, attempts: Path
+) -> None:
+    hasty = Run(run.store, build_config("demo", None, ["resources.lease_seconds=2"]))
+    stage = Chain(hasty, attempts, {2: "error", 6: "hangs"})
+    events = _complete_on_ray(stage)
+    assert [stage.tries(start) for start in range(0, 12, 2)] == [1, 2, 1, 2, 1, 1]
+    assert np.array_equal(run.store.read(ARRAY), EXPECTED)
+    again = [event.detail for event in events if event.kind == "again"]
+    assert again[0] == "error: RuntimeError: the device is lost"
+    assert again[1].startswith("lost: its worker ")
+    assert len(again) == 2
+
+
+@pytest.mark.ray
+def test_a_key_in_order_that_always_fails_is_tried_three_times_and_one_that_would_repeat_once(
+    local_cluster: str, run: Run, attempts: Path
+) -> None:
+    stage = Chain(run, attempts, {4: "error always"})
+    with pytest.raises(StageError, match="000004-000006: RuntimeError: the device is lost"):
+        _complete_on_ray(stage)
+    assert [stage.tries(start) for start in range(0, 12, 2)] == [1, 1, 3, 0, 0, 0]
+    with pytest.raises(StageError, match="expected a number that can be squared"):
+        _complete_on_ray(Chain(run, attempts, {4: "value always"}))
+    assert stage.tries(4) == 4
