@@ -103,16 +103,29 @@ def demo(
     debug: DebugOption = False,
 ) -> None:
     """Synthetic patients, then everything on them: minutes on two CPU cores."""
-    folder = Path("ray-tracin-demo-patients") if "://" in run else Path(run) / "patients"
     with _failing_clearly(debug), cluster(address) as kind:
         started = time.monotonic()
         with _configuring(debug):
-            opened = start_run(run, preset="demo", overrides=[f"data.root={folder.absolute()}", *(overrides or [])])
+            folder = _demo_patients(run)
+            opened = start_run(run, preset="demo", overrides=[f"data.root={folder}", *(overrides or [])])
         with progress(out) as listen:
             if not is_prepared(opened):
                 write_phantoms(folder, DEMO_PATIENTS, listen)
             _complete(opened, STEPS[-1], listen, kind)
         _print_result(opened, time.monotonic() - started)
+
+
+def _demo_patients(run: str) -> Path:
+    """Where the patients of the demo go: in the run or beside it, and where an earlier call from elsewhere put them.
+
+    The folder is part of the run's configuration, and a job that is submitted again may be in another one.
+    """
+    try:
+        root = open_run(run).config.data.root
+    except FileNotFoundError:
+        root = None
+    beside = Path("ray-tracin-demo-patients") if "://" in run else Path(run) / "patients"
+    return Path(root) if root else beside.absolute()
 
 
 @app.command()

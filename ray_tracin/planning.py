@@ -32,6 +32,8 @@ from ray_tracin.vocabulary import QuerySet, ranges
 PROCESS_BYTES = 900 << 20
 """Resident size of a worker beyond what is counted here: Ray, torch, and what the allocator keeps between batches.
 Measured on Linux with the CPU build of torch, as the peak of a worker less the rest of its plan."""
+CLOUD_BYTES = 128 << 20
+"""What the client of a cloud storage takes besides: connections, and answers that come in together. Measured alike."""
 GIB = 1 << 30
 
 
@@ -114,11 +116,20 @@ class Plan:
         return sides * self.config.influence.tile_slices / max(1, self.slices)
 
     @property
+    def in_cloud(self) -> bool:
+        """Whether the run is in cloud storage."""
+        return self.free_bytes is None
+
+    @property
+    def _process_bytes(self) -> int:
+        return PROCESS_BYTES + CLOUD_BYTES * self.in_cloud
+
+    @property
     def gradient_worker_bytes(self) -> int:
         """Memory of a worker that makes gradient shards: network and copies, a batch, a shard and its encoding."""
         batch = differentiate_bytes(self.layout, self.config.resources.batch_slices)
         shard = self.config.gradients.shard_slices * self.layout.values * (4 + 4 + 2 * self._item_bytes)
-        return PROCESS_BYTES + 3 * 4 * self.parameters + batch + shard
+        return self._process_bytes + 3 * 4 * self.parameters + batch + shard
 
     @cached_property
     def fused_slices(self) -> int:
@@ -177,15 +188,15 @@ class Plan:
         queries, train = self._sides
         rows = (queries + train + self.config.gradients.shard_slices) * self.layout.values * self._item_bytes
         batch = differentiate_bytes(self.layout, self.config.resources.batch_slices)
-        return PROCESS_BYTES + 3 * 4 * self.parameters + batch + rows + self._tile_bytes
+        return self._process_bytes + 3 * 4 * self.parameters + batch + rows + self._tile_bytes
 
     @property
     def stored_tile_bytes(self) -> int:
         """Memory of a worker that makes tiles from shards."""
         queries, train = self._sides
-        # What is read ahead on both sides, as stored and decoded, and the tile as it is written.
-        ahead = 2 * (queries + train) * READ_VALUES * self._item_bytes
-        return PROCESS_BYTES + self._tile_bytes + ahead
+        # What is read ahead on both sides, as stored and decoded (and before as answers of a server), and the tile.
+        ahead = (2 + self.in_cloud) * (queries + train) * READ_VALUES * self._item_bytes
+        return self._process_bytes + self._tile_bytes + ahead
 
     @property
     def tile_worker_bytes(self) -> int:
@@ -210,7 +221,7 @@ class Plan:
     def stripe_worker_bytes(self) -> int:
         """Memory of a worker that puts tiles into the tensor."""
         stripe = self.classes * self.config.influence.tile_slices * self.classes * self.train
-        return PROCESS_BYTES + 4 * stripe * (2 * len(self.config.influence_epochs()) + 4)
+        return self._process_bytes + 4 * stripe * (2 * len(self.config.influence_epochs()) + 4)
 
     @property
     def problems(self) -> list[str]:

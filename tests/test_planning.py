@@ -42,6 +42,14 @@ def test_many_blocks_are_cheaper_stored_where_arithmetic_is_slow() -> None:
     assert one.fused_slices > 5 * one.slices
 
 
+def test_workers_of_a_run_in_the_cloud_need_more() -> None:
+    here = plan()
+    there = replace(here, free_bytes=None)
+    client = there.gradient_worker_bytes - here.gradient_worker_bytes
+    assert client == there.stripe_worker_bytes - here.stripe_worker_bytes > 0
+    assert there.tile_worker_bytes - here.tile_worker_bytes > client, "what was read is there once more"
+
+
 def test_the_choice_can_be_overruled_and_what_does_not_fit_is_refused() -> None:
     asked = "gradients.source=fused"
     assert plan(asked).source == ("fused", asked)
