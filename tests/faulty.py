@@ -82,12 +82,22 @@ def _exhaust_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+def _fill_memory() -> None:
+    """Take 4 GiB, a little at a time, and hold them: where that is too much, somebody else ends the process."""
+    held = []
+    for _ in range(128):
+        held.append(np.ones(4 << 20))
+        time.sleep(0.01)
+    time.sleep(5)
+
+
 TROUBLES: dict[str, Callable[[], Any]] = {
     "value": lambda: _raise(ValueError("expected a number that can be squared")),
     "error": lambda: _raise(RuntimeError("the device is lost")),
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "hangs": lambda: time.sleep(120),
     "memory": _exhaust_memory,
+    "fills": _fill_memory,
     "sick": lambda: os.kill(os.getpid(), signal.SIGKILL) if os.environ.get("SICK") else None,
 }
 """First word of a trouble, which happens at the first attempt, or ``always``."""

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,24 +67,49 @@ def test_a_run_on_s3_is_the_run_on_disk_and_lists_little(server: str, tiny_run: 
 
 
 @pytest.mark.chaos
-def test_storage_that_fails_now_and_then_costs_time_only(
+def test_storage_that_fails_for_a_while_costs_time_only(
     server: str, tiny_run: Run, patients: Path, tmp_path: Path
 ) -> None:
-    """The command itself, with its Ray workers, against a storage of which a tenth of the requests goes wrong."""
-    faults = Faults(share=0.1, seed=7)
-    uri = "s3://bucket/faulty"
+    """The command itself, with its Ray workers: a tenth of all requests goes wrong, and once all do, for a while."""
+    calm, faults = Faults(), Faults(share=0.1, seed=7)
+    undisturbed = _run_against(server, calm, "s3://bucket/calm", patients, tmp_path)
+    threading.Thread(target=_break_for_a_while, args=(faults, calm.requests.total() // 2), daemon=True).start()
+    disturbed = _run_against(server, faults, "s3://bucket/faulty", patients, tmp_path)
+    assert set(faults.injected) == set(FAULTS), "every kind of fault struck"
+    assert faults.injected.total() > 50
+    assert disturbed - OUTAGE_SECONDS <= 2 * undisturbed, (disturbed, undisturbed)
+    # A request that went wrong is asked again, once or twice; nothing else is.
+    assert faults.requests.total() <= 1.1 * calm.requests.total() + 2 * faults.injected.total()
+    with pointed_at(server):
+        for uri in ("s3://bucket/calm", "s3://bucket/faulty"):
+            assert same_bits(uri, tiny_run)
+            assert (open_run(uri).table("events").outcome == "done").all(), "no key was done twice"
+
+
+OUTAGE_SECONDS = 8.0
+
+
+def _break_for_a_while(faults: Faults, requests: int) -> None:
+    """Once so much was asked, answer every request with an error for some seconds."""
+    while faults.requests.total() < requests:
+        time.sleep(0.05)
+    faults.broken = True
+    time.sleep(OUTAGE_SECONDS)
+    faults.broken = False
+
+
+def _run_against(server: str, faults: Faults, uri: str, patients: Path, folder: Path) -> float:
+    """Seconds that the whole run takes."""
     settings = [argument for value in (*TINY, f"data.root={patients}") for argument in ("--set", value)]
     command = [sys.executable, "-m", "ray_tracin.cli", "run", "--run", uri, "--preset", "demo", *settings]
+    began = time.monotonic()
     with faulty(server, faults) as proxy:
         done = subprocess.run(
-            command, env={**os.environ, **environment(proxy, 60)}, cwd=tmp_path, capture_output=True, text=True
+            command, env={**os.environ, **environment(proxy, 60)}, cwd=folder, capture_output=True, text=True
         )
     assert done.returncode == 0, done.stderr
     assert f": {uri}\n" in done.stdout
-    assert set(faults.injected) == set(FAULTS), "every kind of fault struck"
-    assert faults.injected.total() > 50
-    with pointed_at(server):
-        assert same_bits(uri, tiny_run)
+    return time.monotonic() - began
 
 
 @pytest.mark.slow

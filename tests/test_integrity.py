@@ -107,6 +107,41 @@ def test_fifty_random_damages_are_found_and_mended(tiny_run: Run, tmp_path: Path
     assert verify(open_run(uri)) == {}
 
 
+@pytest.mark.chaos
+def test_each_of_fifty_random_damages_is_found_alone(tiny_run: Run, tmp_path: Path) -> None:
+    """One at a time: no damage hides behind another, and `verify` names its file and nothing else."""
+    root, rng = Path(shutil.copytree(tiny_run.uri, tmp_path / "run")), random.Random(17)
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    folders = sorted(path for path in root.rglob("*") if path.is_dir())
+    for number in range(50):
+        kind = ("truncate", "flip", "empty", "delete", "stray")[number % 5]
+        harm, file = Harm(root), rng.choice(files)
+        whole, path = file.read_bytes(), file.relative_to(root).as_posix()
+        if kind == "stray":
+            harm.add_stray(rng.choice(folders), rng.choice(STRAYS))
+            path = next(iter(harm.strays))
+        else:
+            harm.do(path, kind, rng)
+        named = _named_by_verify(root)
+        # A receipt that is gone shows by the files that nothing names any more, where nothing else misses it.
+        assert path in named or (kind == "delete" and harm.of_lost_receipts & named), (kind, path)
+        assert named - {path} <= harm.of_lost_receipts, (kind, path)
+        (root / path).unlink(missing_ok=True)
+        if kind != "stray":
+            file.write_bytes(whole)
+    assert verify(open_run(root)) == {}
+
+
+def _named_by_verify(root: Path) -> set[str]:
+    """The files that are said to be wrong, in whatever way."""
+    try:
+        found = verify(open_run(root))
+    except (ValueError, FileNotFoundError) as error:
+        return {name for name in CONFIGURATION if name in str(error)}
+    foreign = {line.rsplit(":", 1)[0] for line in found.pop(FOREIGN, [])}
+    return foreign | {line.split(":")[0] for lines in found.values() for line in lines}
+
+
 def test_a_flipped_bit_anywhere_in_a_receipt_is_noticed(tiny_run: Run) -> None:
     path = next((Path(tiny_run.uri) / "receipts/influence/train").glob("*.json"))
     whole = path.read_bytes()

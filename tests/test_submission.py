@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,8 +22,11 @@ from conftest import TINY
 from ray.job_submission import JobStatus, JobSubmissionClient
 from test_cloud import same_bits
 
+from ray_tracin.integrity import verify
 from ray_tracin.objects import Objects
-from ray_tracin.runs import Run
+from ray_tracin.pipeline import stage_names, status
+from ray_tracin.planning import plan_of
+from ray_tracin.runs import Run, open_run
 
 ROOT = Path(__file__).parents[1]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -41,8 +46,8 @@ class Head:
             [*RAY, *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS
         )
 
-    def submit(self, name: str, *job: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
-        options = ["--submission-id", name, "--working-dir", ".", *([] if wait else ["--no-wait"])]
+    def submit(self, name: str, *job: str, wait: bool = True, folder: str = ".") -> subprocess.CompletedProcess[str]:
+        options = ["--submission-id", name, "--working-dir", folder, *([] if wait else ["--no-wait"])]
         return self.ray("job", "submit", "--address", self.address, *options, "--", *job)
 
 
@@ -147,6 +152,58 @@ def test_a_job_is_stopped_in_the_middle_and_goes_on_when_submitted_again(
         assert "tiles: " in logs
         computed = [line for line in logs.splitlines() if line.endswith(" computed")]
         assert "0 computed" in computed[0], "what the first job did is kept"
+
+
+@pytest.mark.chaos
+def test_the_whole_demo_is_stopped_in_the_middle_and_ends_whole(head: Head, server: str, tmp_path: Path) -> None:
+    """At its own size: 28 patients that the job itself makes, gigabytes of gradients on S3.
+
+    It is submitted again from another folder, as after an edit or to another cluster: the job's own folder differs.
+    """
+    uri, client = "s3://bucket/demo", JobSubmissionClient(head.address)
+    job = ["python", "-m", "ray_tracin.cli", "demo", "--run", uri]
+    assert head.submit("demo", *job, wait=False).returncode == 0
+    with pointed_at(server):
+        held = Objects(uri)
+
+        def half_of_the_gradients_are_there() -> bool:
+            assert client.get_job_status("demo") not in (JobStatus.FAILED, JobStatus.SUCCEEDED)
+            return len(held.sizes("receipts/gradients")) > GRADIENT_KEYS // 2
+
+        _until(half_of_the_gradients_are_there, SECONDS)
+        assert head.ray("job", "stop", "--address", head.address, "demo").returncode == 0
+        assert client.get_job_status("demo") == JobStatus.STOPPED
+        before = _started(uri)
+        shutil.copytree(ROOT / "ray_tracin", tmp_path / "ray_tracin")
+        again = head.submit("demo-again", *job, folder=str(tmp_path))
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert client.get_job_info("demo-again").driver_exit_code == 0
+        logs = client.get_job_logs("demo-again")
+        assert f": {uri}\n" in logs
+        assert f"the report, for a browser: {uri}/report/index.html" in logs
+        assert "Traceback" not in logs
+        after, run = _started(uri), open_run(uri)
+        assert before.items() <= after.items(), "nothing that was done is done again"
+        assert f"\nin all {len(after) - len(before)} " in re.sub(" +", " ", logs)
+        assert verify(run) == {}
+        assert all(line.done == line.total for line in status(run))
+        events, plan = run.table("events"), plan_of(run)
+        assert (events.outcome != "done").sum() <= 2 * 2, "what two workers had in hand when the job was stopped"
+        most = max(plan.gradient_worker_bytes, plan.tile_worker_bytes, plan.stripe_worker_bytes)
+        peaks = events[events.stage.isin(["gradients", "tiles", "influence"])].groupby("stage").peak_memory.max()
+        assert len(peaks) == 3
+        assert (peaks <= most).all(), (peaks, most)
+
+
+GRADIENT_KEYS = 70
+"""Of the demo: 14 shards for each of five checkpoints."""
+
+
+def _started(uri: str) -> dict[str, float]:
+    """When every finished key of a stage was begun."""
+    run = open_run(uri)
+    stages = {name: run.store.receipts(name) for name in stage_names(run)}
+    return {f"{name}/{key}": receipt.started for name, held in stages.items() for key, receipt in held.items()}
 
 
 @pytest.mark.slow
