@@ -1,9 +1,11 @@
 """How large the report of a paper-size run is, and how soon and with how much memory a browser shows it.
 
-    python benchmarks/report_size.py FOLDER [--train 2070] [--test 520] [--size 192] [--results FILE.md]
+    python benchmarks/report_size.py FOLDER [--train 2070] [--test 520] [--size 192]
+    python benchmarks/report_size.py RUN --as-it-is
 
-Writes a run of random numbers of that size into FOLDER (a disk with 4 GB free), renders its report, and opens it from
-disk with headless Chromium. Slices are phantoms, a few that repeat; tensor, tables and features are random.
+Writes a run of random numbers of that size into FOLDER (a disk with 4 GB free) unless it is there, renders its report,
+and opens it from disk with headless Chromium. Slices are phantoms, a few that repeat; tensor, tables and features are
+random. With ``--as-it-is`` the report of a finished run is opened.
 """
 
 import argparse
@@ -11,6 +13,8 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,8 @@ from ray_tracin.stages import complete, execute_serially
 from ray_tracin.store import Array
 
 CLASSES, MODALITIES, FEATURES, SLICES = ("NCR/NET", "ED", "ET"), ("t1", "t1ce", "t2", "flair"), 64, 10
+MADE = "made"
+"""A file that says the run of random numbers is whole."""
 PICTURES = 20
 """Different slices; the others repeat them."""
 
@@ -40,23 +46,27 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=2070)
     parser.add_argument("--test", type=int, default=520)
     parser.add_argument("--size", type=int, default=192)
-    parser.add_argument("--results", type=Path)
+    parser.add_argument("--as-it-is", action="store_true")
     arguments = parser.parse_args()
-    run = make_run(arguments.folder, arguments.train, arguments.test, arguments.size)
-    started, memory = time.perf_counter(), psutil.Process().memory_info().rss
+    folder = arguments.folder
+    lines = [] if arguments.as_it_is else rendering(arguments)
+    lines += [*sizes(folder / "report"), *browse(folder / "report/index.html")]
+    print("\n".join([heading(arguments), "| what | measured |", "|---|---|", *lines, ""]))
+
+
+def rendering(arguments: argparse.Namespace) -> list[str]:
+    """Rows about the rendering of a run of random numbers."""
+    folder = arguments.folder
+    made = (folder / MADE).exists()
+    run = start_run(folder) if made else make_run(folder, arguments.train, arguments.test, arguments.size)
+    run.store.objects.delete(run.store.objects.sizes(f"{paths.RECEIPTS}/{RenderReport.name}"))
+    started = time.perf_counter()
     complete(RenderReport(run), execute_serially, lambda event: None)
-    rendering = time.perf_counter() - started
-    after = psutil.Process().memory_info().rss
-    lines = [
-        f"| rendering the page (pictures are there) | {rendering:.1f} s |",
-        f"| memory of the process before and after | {memory / 1e6:.0f} and {after / 1e6:.0f} MB |",
-        *sizes(Path(run.uri) / "report"),
-        *browse(Path(run.uri) / "report/index.html"),
+    seconds, memory = time.perf_counter() - started, psutil.Process().memory_info().rss
+    return [
+        f"| rendering, from pictures that are there | {seconds:.1f} s |",
+        f"| memory of the rendering process, afterwards | {memory / 1e6:.0f} MB |",
     ]
-    text = "\n".join([heading(arguments), "| what | how much |", "|---|---|", *lines, ""])
-    print(text)
-    if arguments.results:
-        arguments.results.write_text(text)
 
 
 def make_run(folder: Path, train: int, test: int, size: int) -> Run:
@@ -82,6 +92,7 @@ def make_run(folder: Path, train: int, test: int, size: int) -> Run:
     write_tensor(run, generator)
     write_tables(run, generator)
     write_pictures(run, size, generator)
+    (folder / MADE).touch()
     return run
 
 
@@ -191,11 +202,13 @@ def picture(size: int, generator: np.random.Generator) -> dict[str, Any]:
 def sizes(folder: Path) -> list[str]:
     """Rows about the files."""
     kinds = {"the page": "index.html", "pictures": "assets/*.webp", "rows of the tensor": "assets/*.js"}
-    rows = []
+    rows, total = [], 0.0
     for name, pattern in kinds.items():
         files = list(folder.glob(pattern))
-        rows.append(f"| {name} | {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB |")
-    return rows
+        size = sum(file.stat().st_size for file in files) / 1e6
+        total += size
+        rows += [f"| {name} | {size:.1f} MB{f' in {len(files)} files' if len(files) > 1 else ''} |"] if files else []
+    return [*rows, f"| in all | {total:.1f} MB |"]
 
 
 def browse(page: Path) -> list[str]:
@@ -213,45 +226,64 @@ def _walk(browser: Browser, address: Path) -> list[str]:
     started = time.perf_counter()
     page.goto(address.as_uri())
     page.wait_for_selector("body[data-ready]", timeout=60_000)
-    page.wait_for_function("document.querySelectorAll('.pane[data-drawn]').length >= 10", timeout=60_000)
+    ready = time.perf_counter() - started
+    _wait(page, DRAWN)
     first, memory = time.perf_counter() - started, renderer_memory()
-    steps = []
-    for _ in range(60):
-        before = time.perf_counter()
-        page.keyboard.press("PageDown")
-        page.wait_for_function("cards.length > 0 && !waitingForInfluence.size")
-        steps.append(time.perf_counter() - before)
-    for view in ("curate", "model", "run"):
-        page.click(f"#tab-{view}")
-        page.wait_for_timeout(300)
+    patients = page.locator("#patient option").count()
+    steps = [_timed(page, lambda: page.keyboard.press("PageDown"), DRAWN) for _ in range(patients - 1)]
+    views = {"curate": "review", "model": "matrix", "run": "size"}
+    opened = [
+        _timed(page, partial(page.click, f"#tab-{view}"), f"document.querySelector('[data-testid={testid}]')")
+        for view, testid in views.items()
+    ]
+    page.wait_for_timeout(2000)
+    after = renderer_memory()
+    page.context.new_cdp_session(page).send("HeapProfiler.collectGarbage")
+    page.wait_for_timeout(2000)
     return [
-        f"| first view, with its pictures | {first:.2f} s |",
-        f"| another patient, median of {len(steps)} | {1e3 * float(np.median(steps)):.0f} ms |",
-        f"| memory of the page's process, first view | {memory / 1e6:.0f} MB |",
-        f"| the same after {len(steps)} patients and all views | {renderer_memory() / 1e6:.0f} MB |",
-        f"| JavaScript heap then | {_heap(page) / 1e6:.0f} MB |",
+        f"| until the page answers | {ready:.2f} s |",
+        f"| until the first view has its pictures | {first:.2f} s |",
+        f"| another patient, median and longest of {len(steps)} | {np.median(steps):.2f} s, {max(steps):.2f} s |",
+        f"| Curate, The model, This run | {', '.join(f'{seconds:.2f} s' for seconds in opened)} |",
+        f"| memory of the page's process, private (resident), first view | {memory} |",
+        f"| the same after {patients} patients and all views | {after} |",
+        f"| the same after a garbage collection | {renderer_memory()} |",
     ]
 
 
-def _heap(page: Page) -> float:
-    return float(page.evaluate("performance.memory.usedJSHeapSize"))
+DRAWN = """(cards.length || byId("rankings").querySelector(".message")) && !waitingForInfluence.size
+  && [...PANES].filter((pane) => pane.element.isConnected)
+    .every((pane) => (pane.element.dataset.drawn || "").startsWith(`${SLICES.row[pane.slice]} `))"""
+"""Whether every picture that is shown is the one that was asked for."""
 
 
-def renderer_memory() -> int:
-    """The largest resident size among this process's browser renderers, bytes."""
+def _timed(page: Page, act: Callable[[], None], condition: str) -> float:
+    started = time.perf_counter()
+    act()
+    _wait(page, condition)
+    return time.perf_counter() - started
+
+
+def _wait(page: Page, condition: str) -> None:
+    """Until an expression is true; the page forbids the evaluation by which Playwright itself would wait."""
+    while not page.evaluate(f"Boolean({condition})"):
+        time.sleep(0.005)
+
+
+def renderer_memory() -> str:
+    """The largest browser renderer of this process: its own memory, and the resident size with shared libraries."""
     children = psutil.Process().children(recursive=True)
-    return max(child.memory_info().rss for child in children if "--type=renderer" in " ".join(child.cmdline()))
+    renderers = [child.memory_full_info() for child in children if "--type=renderer" in " ".join(child.cmdline())]
+    largest = max(renderers, key=lambda memory: memory.rss)
+    return f"{largest.uss / 1e6:.0f} MB ({largest.rss / 1e6:.0f} MB)"
 
 
 def heading(arguments: argparse.Namespace) -> str:
     """What was measured, where."""
-    counts = f"--train {arguments.train} --test {arguments.test} --size {arguments.size}"
+    counts = f"FOLDER --train {arguments.train} --test {arguments.test} --size {arguments.size}"
     where = f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}"
-    return (
-        f"# The report of {arguments.train} train and {arguments.test} test slices\n\n"
-        f"`python benchmarks/report_size.py FOLDER {counts}`; {where}, headless Chromium, from disk.\n"
-        f"Random numbers; {PICTURES} different pictures that repeat.\n"
-    )
+    command = "RUN --as-it-is" if arguments.as_it_is else counts
+    return f"`python benchmarks/report_size.py {command}`; {where}, headless Chromium, from disk.\n"
 
 
 if __name__ == "__main__":

@@ -60,10 +60,11 @@ def findings(run: Run) -> list[str]:
     own = classes[classes["query_class"] == classes["train_class"]]
     lines = []
     for class_id, name in enumerate(run.classes, start=1):
-        mine = own[own["query_class"] == class_id]
+        mine = own[(own["query_class"] == class_id) & own["share"].notna()]
         shares = [f"{share:.0%} of {kind}" for share, kind in zip(mine["share"], mine["query_set"], strict=True)]
         top = run.config.explainers.class_list
-        lines.append(f"{name}: of this class are {' and '.join(shares)} queries' top {top} proponents")
+        known = f"of this class are {' and '.join(shares)} queries' top {top} proponents"
+        lines.append(f"{name}: {known if shares else 'no query of this class has proponents'}")
     if "test" in run.query_sets:
         groups = [(name, _impacts(run, class_id)) for class_id, name in enumerate(run.classes, start=1)]
         lines += [f"{name}: impact of predictive features less the others': {compared(*pair)}" for name, pair in groups]

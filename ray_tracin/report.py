@@ -37,7 +37,9 @@ FOLDER = "report"
 PAGE = f"{FOLDER}/index.html"
 ASSETS = "assets"
 STYLES = ("base.css", "viewer.css", "pages.css")
-SCRIPTS = ("data.js", "dom.js", "viewer.js", "explain.js", "curate.js", "charts.js", "model.js", "run.js", "main.js")
+SCRIPTS = ("data.js", "dom.js", "viewer.js", "explain.js", "links.js", "curate.js", "charts.js", "model.js", "run.js")
+START = "main.js"
+"""Comes last: it runs the others."""
 BASE64 = 4 / 3
 """Characters a byte."""
 
@@ -91,22 +93,29 @@ def report_files(run: Run, queries: Sequence[Query]) -> Iterator[tuple[str, byte
     rows = shown_slices(run, queries) if settings.images else []
     inline = _inline_size(run, queries, rows) <= settings.inline_megabytes * 1e6
     pictures: Json = {}
-    for row, image, maps in slice_pictures(run, rows):
-        if inline:
-            pictures[str(row)] = {"image": b64encode(image).decode(), "maps": b64encode(maps).decode()}
-        else:
-            yield f"{ASSETS}/slice_{row:06d}.webp", image
-            yield f"{ASSETS}/maps_{row:06d}.webp", maps
     influence: Json = {}
+    beside = {"files": 0, "bytes": 0}
+    if inline:
+        for row, image, maps in slice_pictures(run, rows):
+            pictures[str(row)] = {"image": b64encode(image).decode(), "maps": b64encode(maps).decode()}
+        influence = {str(query.slice): packed(influence_rows(run, query), "float32") for query in queries}
+    else:
+        for path, content in _files_beside(run, queries, rows):
+            beside = {"files": beside["files"] + 1, "bytes": beside["bytes"] + len(content)}
+            yield f"{ASSETS}/{path}", content
+    about = {"inline": inline, "beside": beside, "rendered": _today()}
+    data = {**dossier(run, settings, queries), "model": about_model(run), "run": about_run(run), **about}
+    yield "index.html", render_page(data, pictures, influence).encode()
+
+
+def _files_beside(run: Run, queries: Sequence[Query], rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+    """Pictures, and rows of the tensor as scripts."""
+    for row, image, maps in slice_pictures(run, rows):
+        yield f"slice_{row:06d}.webp", image
+        yield f"maps_{row:06d}.webp", maps
     for query in queries:
         values = packed(influence_rows(run, query), "float32")
-        if inline:
-            influence[str(query.slice)] = values
-        else:
-            call = f"receiveInfluence({query.slice}, {json.dumps(values)});\n"
-            yield f"{ASSETS}/influence_{query.slice:06d}.js", call.encode()
-    data = {**dossier(run, settings, queries), "model": about_model(run), "run": about_run(run), "inline": inline}
-    yield "index.html", render_page({**data, "rendered": _today()}, pictures, influence).encode()
+        yield f"influence_{query.slice:06d}.js", f"receiveInfluence({query.slice}, {json.dumps(values)});\n".encode()
 
 
 def _today() -> str:
@@ -123,13 +132,14 @@ def render_page(data: Json, pictures: Json, influence: Json) -> str:
     """The page as HTML; everything that comes from data is escaped, by Jinja2 or as JSON in a script element."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_asset("index.html.j2"))
+    styles, scripts = ([Markup(_asset(name)) for name in names] for names in (STYLES, (*SCRIPTS, START)))
+    documents = {"data": _json(data), "pictures": _json(pictures), "influence": _json(influence)}
     return template.render(
         title="Which training data explain this prediction?",
-        styles=[Markup(_asset(name)) for name in STYLES],
-        scripts=[Markup(_asset(name)) for name in SCRIPTS],
-        data=_json(data),
-        pictures=_json(pictures),
-        influence=_json(influence),
+        styles=styles,
+        scripts=scripts,
+        **documents,
+        size=sum(len(part.encode()) for part in (*styles, *scripts, *documents.values())),
         synthetic=data["synthetic"],
         images=data["images"],
     )

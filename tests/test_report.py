@@ -21,6 +21,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from typer.testing import CliRunner
 
 from ray_tracin.cli import app
+from ray_tracin.phantom import write_patients
 from ray_tracin.pictures import DrawSlices, encode_image, encode_runs
 from ray_tracin.pipeline import STEPS, Executors, run_to
 from ray_tracin.report import RenderReport
@@ -46,6 +47,15 @@ def browser() -> Iterator[Browser]:
 
 
 Opener = Callable[..., Page]
+
+
+def wait(page: Page, condition: str) -> None:
+    """Until an expression is true. (Playwright's own waiting evaluates strings in the page, which the page forbids.)"""
+    for _ in range(200):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(25)
+    raise AssertionError(f"not within 5 s: {condition}")
 
 
 @pytest.fixture
@@ -107,7 +117,7 @@ def choose(page: Page, patient: str, index: int, class_name: str) -> None:
     wanted = next(place for place in mine if choices[place][1] == index) - mine[0]
     page.evaluate("(at) => { const s = byId('slice'); s.value = at; s.dispatchEvent(new Event('input')); }", wanted)
     page.get_by_role("radio", name=class_name, exact=True).click()
-    page.wait_for_function("(name) => document.querySelector('.chip.chosen').textContent === name", arg=class_name)
+    wait(page, f"document.querySelector('.chip.chosen').textContent === {json.dumps(class_name)}")
 
 
 def queried(run: Run) -> pd.DataFrame:
@@ -251,9 +261,19 @@ def test_pictures_and_overlays_are_of_the_slice(tiny_run: Run, look: Opener) -> 
     page.locator("#overlay-truth").check()
     assert canvas(page, "overlay").any() == bool((tiny_run.labels([int(line.slice)]) == line["class"]).any())
     page.select_option("#feature-map", index=1)
-    page.wait_for_function("byId('feature-map').value !== ''")
+    wait(page, "byId('feature-map').value !== ''")
     page.wait_for_timeout(100)
     assert canvas(page, "maps").any()
+    for box in ("prediction", "truth"):
+        page.locator(f"#overlay-{box}").set_checked(box == "prediction")
+    outlined = canvas(page, "overlay")[..., 3]
+    assert outlined.any(), "a map is shown with the region's edge"
+    inner = mask[1:-1, 1:-1] & mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
+    middle = outlined[sharp // 2 :: sharp, sharp // 2 :: sharp][1:-1, 1:-1]
+    assert not middle[inner].any(), "and not under its colour"
+
+
+ZOOM = "getComputedStyle(document.documentElement).getPropertyValue('--zoom')"
 
 
 def test_window_and_zoom_reach_every_pane(tiny_run: Run, look: Opener) -> None:
@@ -267,14 +287,20 @@ def test_window_and_zoom_reach_every_pane(tiny_run: Run, look: Opener) -> None:
     pane = page.locator("#query-panes .pane").first
     pane.hover()
     page.mouse.wheel(0, -500)
-    page.wait_for_function("getComputedStyle(document.documentElement).getPropertyValue('--zoom') > 1.5")
+    wait(page, f"{ZOOM} > 1.5")
     wide = page.locator("#query-panes .stage").first.bounding_box()
     box = pane.bounding_box()
     assert wide is not None
     assert box is not None
     assert wide["width"] > 1.5 * box["width"]
     page.keyboard.press("0")
-    page.wait_for_function("getComputedStyle(document.documentElement).getPropertyValue('--zoom') == 1")
+    wait(page, f"{ZOOM} == 1")
+    page.keyboard.press("+")
+    page.locator("#zoom-in").click()
+    wait(page, f"Math.abs({ZOOM} - 1.25 ** 2) < 1e-9")
+    page.keyboard.press("-")
+    page.locator("#zoom-out").click()
+    wait(page, f"{ZOOM} == 1")
 
 
 def saved(page: Page, button: str) -> list[dict[str, str]]:
@@ -331,6 +357,34 @@ def test_the_review_list_starts_with_the_worst(tiny_run: Run, look: Opener) -> N
     assert float(rows[0]["self_influence"]) == table.self_influence.iloc[2]
 
 
+def test_the_review_goes_by_keys_and_looks_closely(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run, "curate")
+    page.locator("#review-signs").uncheck()
+    rows = page.locator("[data-testid=review]")
+    page.locator("h1").click()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowUp")
+    assert page.locator("[data-testid=review].chosen").count() == 1
+    assert "chosen" in (rows.nth(1).get_attribute("class") or "")
+    page.keyboard.press("x")
+    assert page.locator("#review-count").text_content() == "1 marked"
+    (line,) = saved(page, "#review-export")
+    chosen = rows.nth(1)
+    assert [line["slice"], line["patient"]] == [chosen.get_attribute("data-slice"), page.evaluate(
+        "SLICES.patient[REVIEW.slice[reviewRows()[1]]]"
+    )]  # fmt: skip
+    assert "scale" in (rows.locator(".stage").first.get_attribute("style") or ""), "thumbnails show the region"
+    drawn = "(() => { const c = document.querySelector('.preview canvas.overlay'); return c.getContext('2d')"
+    drawn += ".getImageData(0, 0, c.width, c.height).data.some(Boolean); })()"
+    assert page.evaluate(drawn)
+    page.locator("#overlay-prediction").uncheck()
+    page.keyboard.press("t")
+    assert not page.evaluate(drawn), "the annotated picture can be seen as it is"
+    page.locator("#tab-explain").click()
+    assert page.locator(".viewer #overlay-prediction").is_visible()
+
+
 def test_the_matrix_tells_its_cells(tiny_run: Run, look: Opener) -> None:
     page = look(tiny_run, "model")
     matrix = tiny_run.store.read("influence.zarr/train")
@@ -345,6 +399,38 @@ def test_the_matrix_tells_its_cells(tiny_run: Run, look: Opener) -> None:
     assert page.locator("#model").get_by_text("predictive").count() > 0
 
 
+def test_charts_tell_their_values(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run, "model")
+    read = page.locator("[data-testid=dice-value]")
+    chart = read.locator("xpath=..").locator("svg")
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    assert box is not None
+    last = tiny_run.table("checkpoints").iloc[-1]
+    page.mouse.move(box["x"] + box["width"] - 3, box["y"] + 30)
+    text = read.text_content() or ""
+    assert text.startswith(f"Epoch {last.epoch} ({last.optimizer}, learning rate {last.learning_rate:g})")
+    for kind in ("validation", "train"):
+        assert f"ED {last[f'dice_{kind}_2']:.4f}" in text
+    page.mouse.move(5, 5)
+    assert read.text_content() == "Point at an epoch to read it."
+    card = page.locator(".feature:has(svg)").first
+    card.scroll_into_view_if_needed()
+    curve = card.locator("svg").bounding_box()
+    assert curve is not None
+    page.mouse.move(curve["x"] + 1, curve["y"] + 5)
+    table = tiny_run.table("feature_importance")
+    mine = (
+        (table.train_class == 0)
+        & (table.query_class == 1)
+        & (table.feature == int(card.get_attribute("data-feature") or ""))
+    )
+    first = float(table[mine].sort_values("rank").importance.iloc[0])
+    width = -(-int(table[mine]["rank"].max()) // 60)
+    assert width == 1
+    assert card.locator("[data-testid=curve-value]").text_content() == f"rank 1: {first:.3f}"
+
+
 def test_the_page_says_how_it_was_made(tiny_run: Run, look: Opener) -> None:
     page = look(tiny_run, "run")
     text = page.locator("#run").text_content() or ""
@@ -354,8 +440,24 @@ def test_the_page_says_how_it_was_made(tiny_run: Run, look: Opener) -> None:
     notice = page.locator("[data-testid=notice]").text_content() or ""
     assert "Research use only" in notice
     assert "All patients are synthetic" in notice
+    size = (Path(tiny_run.uri) / "report/index.html").stat().st_size
+    told = page.locator("[data-testid=size]").text_content() or ""
+    assert float(told.split("has ")[1].split()[0]) * 1e3 == pytest.approx(size, abs=6e3)
+    assert "needs no other file" in told
     page.locator("summary", has_text="Configuration").click()
     assert page.locator("[data-testid=config]").text_content() == tiny_run.config.to_yaml()
+
+
+def test_a_page_with_patients_says_so(own_run: Run, look: Opener) -> None:
+    rewrite(own_run, "slices.parquet", lambda table: table.assign(case=table.case.str.replace("PHANTOM", "TCIA")))
+    notice = look(render(own_run)).locator("[data-testid=notice]").text_content() or ""
+    assert "This file contains images of patients: treat it as patient data." in notice
+    assert "synthetic" not in notice
+    page = look(render(own_run, images=False), "run")
+    notice = page.locator("[data-testid=notice]").text_content() or ""
+    assert "Images are left out; names of patients are in it." in notice
+    assert "contains images" not in notice
+    assert "It holds no image of a patient, but their names" in (page.locator("#run").text_content() or "")
 
 
 # What is absent
@@ -486,6 +588,28 @@ def test_a_name_that_is_no_query_is_refused(tiny_run: Run) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_of_one_patient(tmp_path: Path, look: Opener) -> None:
+    write_patients(tmp_path / "patients", 1, edition="2019", seed=1, spacing=6.0, anatomy="analytic")
+    settings = [*TINY, f"data.root={tmp_path / 'patients'}", "split.validation=0"]
+    run = start_run(tmp_path / "run", preset="demo", overrides=settings)
+    run_to(run, STEPS[-1], Executors(execute_serially, execute_serially), lambda event: None)
+    page = look(run)
+    assert page.locator("#patient option").count() == 1
+    assert page.locator("#rankings .card").count() == 0
+    assert page.get_by_text("those that would are global explainers, which are left out").count() > 0
+    page.locator("#global").check()
+    assert {card["patient"] for card in cards(page, "proponents")} == {run.slices.patient.iloc[0]}
+    page.locator("#same-patient").uncheck()
+    assert page.get_by_text("No train region passes the filters.").count() == 3
+    for view in ("curate", "model", "run"):
+        page.locator(f"#tab-{view}").click()
+    text = page.locator("main").text_content() or ""
+    assert "no test queries" in text
+    assert "no query of this class has proponents" in text
+    assert not re.search(r"\bnan\b|NaN|undefined", text)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("query_set", ["train", "test"])
 def test_a_run_of_one_query_set_and_an_unlabelled_patient(
     patients: Path, tmp_path: Path, look: Opener, query_set: str
@@ -589,11 +713,25 @@ def test_large_reports_keep_pictures_beside_the_page(own_run: Run, look: Opener)
     choose(page, line.patient, line["index"], run.classes[line["class"] - 1])
     assert_lists_equal_the_tables(page, run, line.slice, line["class"], 10)
     page.wait_for_selector(f"#query-panes .pane[data-drawn='{line.slice} t1']")
+    page.locator("#tab-run").click()
+    told = page.locator("[data-testid=size]").text_content() or ""
+    beside = [path.stat().st_size for path in folder.glob("assets/*")]
+    assert f"{len(beside)} files in the folder assets beside it have {sum(beside) / 1e3:.1f} kB" in told
     again = render(run, inline_megabytes=6)
     assert [path.name for path in folder.rglob("*") if path.is_file()] == ["index.html"], (
         "what an earlier report left is gone"
     )
     assert again.store.read_receipt("report", "index") is not None
+
+
+def test_pictures_are_read_when_they_are_needed(own_run: Run, look: Opener) -> None:
+    page = look(render(own_run, inline_megabytes=0, top_k=1))
+    keys, tensor_rows = page.evaluate("[[...keptPictures.keys()].map((key) => key.split(' ')), influenceRows.size]")
+    assert {kind for kind, *_ in keys} == {"image"}
+    assert len({row for _, row, _ in keys}) <= 4, "the query, a proponent, a neutral region, an opponent"
+    assert tensor_rows == 1
+    page.select_option("#feature-map", index=1)
+    wait(page, "[...keptPictures.keys()].some((key) => key.startsWith('maps'))")
 
 
 # The command

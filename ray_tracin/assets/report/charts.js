@@ -38,6 +38,24 @@ function chart(box, ...children) {
   return svg("svg", { viewBox: `0 0 ${box.width} ${box.height}`, role: "img" }, ...children);
 }
 
+// Under the pointer a line at the nearest place, and its number to `tell`; null when the pointer leaves.
+function readable(drawing, box, places, tell) {
+  const cursor = svg("line", { class: "cursor", y1: 0, y2: box.height - (box.bottom || 0), visibility: "hidden" });
+  drawing.append(cursor);
+  drawing.addEventListener("mousemove", (event) => {
+    const frame = drawing.getBoundingClientRect();
+    const x = ((event.clientX - frame.left) / frame.width) * box.width;
+    const nearest = places.reduce((best, place, number) => (Math.abs(place - x) < Math.abs(places[best] - x) ? number : best), 0);
+    fill(cursor, { x1: places[nearest], x2: places[nearest], visibility: "visible" }, []);
+    tell(nearest);
+  });
+  drawing.addEventListener("mouseleave", () => {
+    cursor.setAttribute("visibility", "hidden");
+    tell(null);
+  });
+  return drawing;
+}
+
 function legend(entries) {
   return h("p.legend", {}, entries.map(([colour, text, dashed]) =>
     h("span", {}, h(`span.key${dashed ? ".dashed" : ""}`, { style: `border-color:${colour}` }), text)));

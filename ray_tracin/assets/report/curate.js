@@ -69,7 +69,7 @@ function buildCurate() {
       h("p.note", {}, "Train regions that may be annotated wrongly. Signs are reasons to look, not verdicts: a large self-influence says that little else in the training set supports a region; low overlap and a large loss say that network and annotation disagree."),
       Number.isNaN(REVIEW.selfInfluence.find((value) => !Number.isNaN(value)) ?? NaN) && message("Self-influence is not known: this run has no train queries."),
       h("div", { id: "review-table" })),
-    h("aside.preview", { id: "review-preview" }));
+    h("aside.preview", {}, h("div", { id: "review-preview" }), h("div.tools-place"), h("div", { id: "review-facts" })));
   makeNavigable(byId("review-preview"));
   showReview();
 }
@@ -97,6 +97,7 @@ function reviewLine(row) {
   const pane = new Pane({ marks: false });
   showReview.panes.push(pane);
   pane.show(slice, classId);
+  pane.closeUp();
   return h("tr", { tabindex: 0, dataset: { testid: "review", slice: SLICES.row[slice], class: classId }, onclick: () => previewRegion(row), onfocus: () => previewRegion(row) },
     h("td", {}, h("input", { type: "checkbox", checked: marked.has(regionKey(row)), "aria-label": "review", onclick: (event) => event.stopPropagation(), onchange: (event) => mark(row, event.target.checked) })),
     h("td", {}, pane.element),
@@ -106,14 +107,24 @@ function reviewLine(row) {
     h("td.why", {}, REVIEW.signs[row].map((text) => h("div", {}, text))));
 }
 
+// The rows that are listed, and which of them the preview shows.
+const reviewLines = () => [...document.querySelectorAll(".review-list tbody tr")];
+const previewed = () => reviewLines().findIndex((line) => line.classList.contains("chosen"));
+
+function stepReview(step) {
+  reviewLines()[previewed() + step]?.focus();
+}
+
 function bar(share) {
-  return h("div.bar", { title: Number.isNaN(share) ? "" : `larger than of ${percent(share)} of its class` },
+  return h("div.bar", { title: Number.isNaN(share) ? "" : `as large as or larger than ${percent(share)} of its class` },
     h("div", { style: `width:${Number.isNaN(share) ? 0 : 100 * share}%` }));
 }
 
 function previewRegion(row) {
   const slice = REVIEW.slice[row];
   const classId = REVIEW.class[row];
+  const name = String(SLICES.row[slice]);
+  for (const line of reviewLines()) line.classList.toggle("chosen", line.dataset.slice === name && Number(line.dataset.class) === classId);
   for (const pane of previewRegion.panes || []) pane.remove();
   previewRegion.panes = DATA.modalities.map((caption, channel) => {
     const pane = new Pane({ sharp: 4, caption });
@@ -123,7 +134,8 @@ function previewRegion(row) {
   for (const pane of previewRegion.panes) pane.show(slice, classId);
   byId("review-preview").replaceChildren(
     h("h2", {}, withClass(classId), h("small", {}, `${SLICES.patient[slice]}, slice ${SLICES.index[slice]}`)),
-    h("div.panes", {}, previewRegion.panes.map((pane) => pane.element)),
+    h("div.panes", {}, previewRegion.panes.map((pane) => pane.element)));
+  byId("review-facts").replaceChildren(
     h("p.facts", {}, h("span", {}, `${REVIEW.pixels[row]} pixels in the region`), h("span", {}, `${REVIEW.truth[row]} annotated`),
       h("span", {}, "Dice ", h("b", {}, fixed(sliceDice(slice, classId))))),
     ...REVIEW.signs[row].map((text) => h("p.note", {}, text)),

@@ -1,6 +1,13 @@
 // What the page knows: the report's JSON, arrays in base64, pictures and rows of the tensor on demand.
 
-const DATA = JSON.parse(document.getElementById("data").textContent);
+// The JSON of a script element, which then goes: its text would stay in memory as long as the page.
+function embedded(id) {
+  const element = document.getElementById(id);
+  element.remove();
+  return JSON.parse(element.textContent);
+}
+
+const DATA = embedded("data");
 const CLASSES = DATA.classes.length;
 const TRAIN = DATA.train.slices.length;
 const SIZE = DATA.size;
@@ -74,8 +81,7 @@ function receiveInfluence(row, packed) {
 }
 
 if (DATA.inline) {
-  const inline = JSON.parse(document.getElementById("influence").textContent);
-  for (const [row, packed] of Object.entries(inline)) receiveInfluence(Number(row), packed);
+  for (const [row, packed] of Object.entries(embedded("influence"))) receiveInfluence(Number(row), packed);
 }
 
 function loadInfluence(slice) {
@@ -96,20 +102,27 @@ function loadInfluence(slice) {
   return wait.promise;
 }
 
-// Pictures, as images that are kept while they are in use.
-const inlinePictures = JSON.parse(document.getElementById("pictures").textContent);
+// Pictures: of each only the modality or the map that is shown, as bitmaps, which can be closed. Browsers keep what they
+// decode for an image element, and for those of a few dozen patients that is more than everything else.
+const inlinePictures = embedded("pictures");
 const keptPictures = new Map();
-const KEPT_PICTURES = 120;
+const KEPT_PICTURES = 80;
 
-function loadPicture(slice, kind) {
+// kind: "image", place: a modality; or "maps" and a map.
+function loadPicture(slice, kind, place) {
   const row = SLICES.row[slice];
-  const key = `${kind} ${row}`;
+  const key = `${kind} ${row} ${place}`;
   const kept = keptPictures.get(key);
   keptPictures.delete(key); // and back at the end: the one that waited longest goes first
-  const loading = kept || decodedImage(pictureAddress(row, kind));
+  const loading = kept || decodedSquare(pictureAddress(row, kind), place, kind === "image" ? SIZE : DATA.features.mapSize);
   keptPictures.set(key, loading);
-  if (keptPictures.size > KEPT_PICTURES) keptPictures.delete(keptPictures.keys().next().value);
+  if (keptPictures.size > KEPT_PICTURES) dropPicture(keptPictures.keys().next().value);
   return loading;
+}
+
+function dropPicture(key) {
+  keptPictures.get(key).then((bitmap) => bitmap.close(), () => {}); // after all who asked for it have drawn it
+  keptPictures.delete(key);
 }
 
 function pictureAddress(row, kind) {
@@ -118,30 +131,34 @@ function pictureAddress(row, kind) {
   return `assets/${name}_${String(row).padStart(6, "0")}.webp`;
 }
 
-function decodedImage(address) {
-  return new Promise((resolve, reject) => {
-    const image = new Image();
-    image.onload = () => resolve(image);
+async function decodedSquare(address, place, side) {
+  const image = new Image();
+  await new Promise((resolve, reject) => {
+    image.onload = resolve;
     image.onerror = () => reject(new Error("a picture is missing: the folder assets belongs beside this page"));
     image.src = address;
   });
+  const bitmap = await createImageBitmap(image, place * side, 0, side, side);
+  image.removeAttribute("src");
+  return bitmap;
 }
 
-// Label maps: runs of (value, length) in LEB128.
+// Label maps: runs of (value, length) in LEB128. What is returned is to be read at once: a later call may overwrite it.
 const keptLabels = new Map();
-const KEPT_LABELS = 200;
+const KEPT_LABELS = 128;
 
 function labelsOf(slice, kind) {
   const key = `${kind} ${slice}`;
   if (!keptLabels.has(key)) {
-    if (keptLabels.size > KEPT_LABELS) keptLabels.delete(keptLabels.keys().next().value);
-    keptLabels.set(key, decodeRuns(bytesOf(SLICES.outlines[kind][slice])));
+    const [oldest] = keptLabels.keys();
+    const labels = keptLabels.size < KEPT_LABELS ? new Uint16Array(SIZE * SIZE) : keptLabels.get(oldest);
+    if (keptLabels.size >= KEPT_LABELS) keptLabels.delete(oldest);
+    keptLabels.set(key, decodeRuns(bytesOf(SLICES.outlines[kind][slice]), labels));
   }
   return keptLabels.get(key);
 }
 
-function decodeRuns(bytes) {
-  const labels = new Uint16Array(SIZE * SIZE);
+function decodeRuns(bytes, labels) {
   let at = 0;
   let place = 0;
   const number = () => {

@@ -38,7 +38,9 @@ function withClass(classId, text = className(classId)) {
 
 function shown(value, digits = 3) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
-  return Number(value).toPrecision(digits).replace("-", "−");
+  const size = Math.abs(value);
+  const text = size && size < 1e-3 ? Number(value).toExponential(digits - 1) : Number(value).toPrecision(digits);
+  return text.replaceAll("-", "−");
 }
 
 function fixed(value, digits = 2) {

@@ -6,6 +6,7 @@ const LISTS = [
   { key: "neutral", title: "Neutral", text: "influence nearest to 0; low overlap left out" },
   { key: "opponents", title: "Opponents", text: "pushed it away" },
 ];
+const restingPanes = []; // of cards that went
 let cards = []; // what is shown, in order: {list, column, rank, influence, cosine, element, pane}
 
 const currentSlice = () => DATA.queries[CHOICE.query].slice;
@@ -25,21 +26,15 @@ function scoresOf(query, classId, rows) {
   return { influence, cosine };
 }
 
-// Every train region that exists, without the query itself, with its rank among all from either end.
+// The columns of every train region that exists, without the query itself, in the order of each list.
 function rankedRegions(query, classId, scores, by) {
   const values = by === "cosine" ? scores.cosine : scores.influence;
   const { slice } = DATA.queries[query];
-  const columns = Array.from(values.keys()).filter(
+  const columns = Int32Array.from(values.keys()).filter(
     (column) => !Number.isNaN(values[column]) && !(columnSlice(column) === slice && columnClass(column) === classId),
   );
-  // Ties go to the lower column, as in the tables. localRank leaves global explainers out, and is 0 for them.
-  const ordered = (chosen, size) => {
-    let local = 0;
-    return [...chosen].sort((a, b) => size(a) - size(b) || a - b).map((column, place) => ({
-      column, rank: place + 1, localRank: isGlobal(classId, column) ? 0 : ++local,
-      influence: scores.influence[column], cosine: scores.cosine[column],
-    }));
-  };
+  // Ties go to the lower column, as in the tables.
+  const ordered = (chosen, size) => chosen.slice().sort((a, b) => size(a) - size(b) || a - b);
   // A region of low overlap has hardly a gradient: it is nobody's neutral example.
   const telling = columns.filter((column) => !isLowOverlap(columnSlice(column), columnClass(column)));
   return {
@@ -60,17 +55,20 @@ function filters() {
   };
 }
 
-function filtered(entries, classId, patient, chosen) {
+// The first of a list that pass, with their rank among all. localRank leaves global explainers out, and is 0 for them.
+function filtered(columns, classId, patient, chosen) {
   const seen = new Set();
   const kept = [];
-  for (const entry of entries) {
-    const name = SLICES.patient[columnSlice(entry.column)];
-    if (chosen.trainClass && columnClass(entry.column) !== chosen.trainClass) continue;
+  let local = 0;
+  for (const [place, column] of columns.entries()) {
+    const name = SLICES.patient[columnSlice(column)];
+    const localRank = isGlobal(classId, column) ? 0 : ++local;
+    if (chosen.trainClass && columnClass(column) !== chosen.trainClass) continue;
     if (!chosen.samePatient && name === patient) continue;
-    if (!chosen.global && isGlobal(classId, entry.column)) continue;
+    if (!chosen.global && !localRank) continue;
     if (chosen.onePerPatient && seen.has(name)) continue;
     seen.add(name);
-    kept.push(entry);
+    kept.push({ column, rank: place + 1, localRank });
     if (kept.length === chosen.topK) break;
   }
   return kept;
@@ -96,6 +94,7 @@ function buildExplain() {
   });
   byId("query-panes").append(...modalities.map((pane) => pane.element));
   byId("query-panes").style.setProperty("--columns", Math.min(2, modalities.length));
+  document.querySelector(".looked-at").style.setProperty("--rows", modalities.length === 1 ? 2 : Math.ceil(modalities.length / 2));
   buildExplain.panes = modalities;
   makeNavigable(document.querySelector(".viewer"));
   byId("patient").addEventListener("change", (event) => choosePatient(event.target.value));
@@ -223,26 +222,37 @@ async function showRankings() {
   if (query !== CHOICE.query || classId !== CHOICE.classId) return; // overtaken by another choice
   clearCards();
   const chosen = filters();
-  const ranked = rankedRegions(query, classId, scoresOf(query, classId, rows), chosen.score);
+  const scores = scoresOf(query, classId, rows);
+  const ranked = rankedRegions(query, classId, scores, chosen.score);
   byId("rankings").replaceChildren(...LISTS.map(({ key, title, text }) => {
-    const entries = filtered(ranked[key], classId, SLICES.patient[slice], chosen);
+    const entries = filtered(ranked[key], classId, SLICES.patient[slice], chosen).map((entry) => ({
+      ...entry, influence: scores.influence[entry.column], cosine: scores.cosine[entry.column],
+    }));
     const row = h("ol.cards", { dataset: { testid: key } }, entries.map((entry) => buildCard(key, entry, chosen.score)));
     return h("section.ranking", {}, h("h2", {}, title, h("small", {}, text)),
-      entries.length ? row : message("No train region passes the filters."));
+      entries.length ? row : message(emptyListText(ranked[key], classId, SLICES.patient[slice], chosen)));
   }));
   showLinks();
   showComparison();
 }
 
+function emptyListText(columns, classId, patient, chosen) {
+  const hidden = filtered(columns, classId, patient, { ...chosen, global: true }).length > 0;
+  return `No train region passes the filters${hidden ? ": those that would are global explainers, which are left out" : ""}.`;
+}
+
 function clearCards() {
-  for (const card of cards) card.pane.remove();
+  for (const card of cards) {
+    card.pane.rest();
+    restingPanes.push(card.pane);
+  }
   cards = [];
 }
 
 function buildCard(list, entry, score) {
   const slice = columnSlice(entry.column);
   const classId = columnClass(entry.column);
-  const pane = new Pane({ marks: false });
+  const pane = restingPanes.pop() || new Pane({ marks: false });
   const number = cards.length;
   const sign = { proponents: "+", neutral: "○", opponents: "−" }[list];
   const element = h("li.card", {
@@ -307,6 +317,7 @@ function stepCard(step) {
 function showComparison() {
   const card = CHOICE.card === null ? undefined : cards[CHOICE.card];
   for (const [number, one] of cards.entries()) one.element.classList.toggle("chosen", number === CHOICE.card);
+  for (const [number, line] of linkLines().entries()) line.classList.toggle("chosen", number === CHOICE.card);
   const box = byId("comparison");
   box.hidden = !card;
   byId("query-panes").hidden = Boolean(card);
@@ -352,47 +363,6 @@ function comparedFacts(card) {
     h("span", {}, "Dice ", h("b", {}, fixed(sliceDice(card.slice, card.classId)))),
     h("span", {}, linked ? `linked by features ${linked}` : "no predictive feature links the two"),
     h("button", { id: "close-comparison", title: "Esc", onclick: () => chooseCard(CHOICE.card) }, "Close"));
-}
-
-// Links: eq. 7 of every feature, query against each card.
-
-function showLinks() {
-  const features = orderedFeatures(CHOICE.classId);
-  const predictive = new Set(DATA.features.predictive[CHOICE.classId - 1]);
-  const heads = features.map((feature) => {
-    const mapped = DATA.images && DATA.features.mapped.includes(feature);
-    const about = `feature ${feature}${predictive.has(feature) ? ", predictive" : ""}${mapped ? ": show its map" : ""}`;
-    return h(`th${predictive.has(feature) ? ".predictive" : ""}`, { scope: "col", title: about }, mapped
-      ? h("button", { dataset: { feature }, onclick: () => chooseFeature(VIEW.feature === feature ? null : feature) }, String(feature))
-      : String(feature));
-  });
-  const isFirst = (number) => number > 0 && cards[number - 1].list !== cards[number].list;
-  const rows = cards.map((card, number) => h(`tr${isFirst(number) ? ".first" : ""}`, { onclick: () => chooseCard(number) },
-    h("th", { scope: "row" }, `${{ proponents: "+", neutral: "○", opponents: "−" }[card.list]} ${shortName(SLICES.patient[card.slice])} · ${SLICES.index[card.slice]}`),
-    features.map((feature) => linkCell(card, feature))));
-  const note = DATA.features.known
-    ? predictive.size ? "Predictive features of this class come first, underlined." : "No feature is predictive for this class."
-    : "Which features are predictive is not known: this run has no test queries.";
-  byId("links").replaceChildren(h("section", {}, h("h2", {}, "Features that link query and train region",
-    h("small", {}, "similarity of their maxima (eq. 7), 0 dark to 1 bright; a number in the head shows the feature's map")),
-  h("p.note", {}, note), h("div.scroll", {}, h("table.links", { dataset: { testid: "links" }, style: `--cell:${Math.max(9, Math.min(30, Math.floor(560 / FEATURES)))}px` },
-    h("thead", {}, h("tr", {}, h("th"), heads)), h("tbody", {}, rows)))));
-}
-
-function linkCell(card, feature) {
-  const value = similarity(currentSlice(), CHOICE.classId, card.slice, card.classId, feature);
-  const text = Number.isNaN(value) ? "silent in both" : fixed(value, 3);
-  return h("td", { style: Number.isNaN(value) ? "" : `background:${heat(value)}`, title: `feature ${feature}: ${text}`, dataset: { value } });
-}
-
-// Cividis in five stops: readable for colour-blind eyes, and in grey.
-const HEAT = ["#00224e", "#434e6c", "#7d7c78", "#bcaf6f", "#fee838"].map(rgb);
-
-function heat(value) {
-  const at = Math.min(1, Math.max(0, value)) * (HEAT.length - 1);
-  const low = Math.min(Math.floor(at), HEAT.length - 2);
-  const mixed = HEAT[low].map((from, channel) => Math.round(from + (HEAT[low + 1][channel] - from) * (at - low)));
-  return `rgb(${mixed.join(",")})`;
 }
 
 // CSV

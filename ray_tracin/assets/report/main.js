@@ -3,8 +3,9 @@
 const VIEWS = { explain: null, curate: buildCurate, model: buildModel, run: buildRun };
 const KEYS = [
   ["↑ ↓", "slice above, below"], ["← →", "previous, next train region"], ["Page ↑ ↓", "previous, next patient"],
-  ["1 – 9", "class"], ["m", "next modality"], ["p t o", "prediction, ground truth, other classes"], ["0", "reset zoom and window"],
-  ["Esc", "close the comparison"], ["wheel, drag", "zoom, move"], ["right drag", "window and level"],
+  ["1 – 9", "class"], ["m", "next modality"], ["p t o", "prediction, ground truth, other classes"], ["+ −", "zoom in, out"],
+  ["0", "reset zoom and window"], ["Esc", "close the comparison"], ["wheel, drag", "zoom, move"], ["right drag", "window and level"],
+  ["Curate: ↑ ↓", "previous, next region"], ["Curate: x", "mark it for review, or not"],
 ];
 
 function showView(name) {
@@ -15,6 +16,7 @@ function showView(name) {
   const build = VIEWS[name];
   VIEWS[name] = null; // built when it is first looked at
   if (build) build();
+  byId(name).querySelector(".tools-place")?.append(byId("tools")); // one set of controls, for the pictures of either view
   if (location.hash !== `#${name}`) history.replaceState(null, "", `#${name}`);
 }
 
@@ -24,7 +26,16 @@ function toggleOverlay(key) {
   redrawPanes();
 }
 
-const ACTIONS = {
+const OVERLAYS = {
+  p: () => toggleOverlay("prediction"),
+  t: () => toggleOverlay("truth"),
+  o: () => toggleOverlay("others"),
+  "+": () => zoomBy(ZOOM_STEP),
+  "-": () => zoomBy(1 / ZOOM_STEP),
+  0: resetView,
+};
+const EXPLAIN = {
+  ...OVERLAYS,
   ArrowUp: () => stepSlice(1),
   ArrowDown: () => stepSlice(-1),
   ArrowLeft: () => stepCard(-1),
@@ -33,10 +44,12 @@ const ACTIONS = {
   PageDown: () => stepPatient(1),
   Escape: () => CHOICE.card !== null && chooseCard(CHOICE.card),
   m: () => chooseModality((VIEW.modality + 1) % DATA.modalities.length),
-  p: () => toggleOverlay("prediction"),
-  t: () => toggleOverlay("truth"),
-  o: () => toggleOverlay("others"),
-  0: resetView,
+};
+const CURATE = {
+  ...OVERLAYS,
+  ArrowUp: () => stepReview(-1),
+  ArrowDown: () => stepReview(1),
+  x: () => reviewLines()[previewed()]?.querySelector("input").click(),
 };
 
 function onKey(event) {
@@ -45,10 +58,11 @@ function onKey(event) {
     byId("help").showModal();
     return;
   }
-  if (byId("explain").hidden) return;
+  const explains = !byId("explain").hidden;
   const classId = Number(event.key);
-  if (classId >= 1 && classId <= CLASSES) chooseClass(classId);
-  else if (ACTIONS[event.key]) ACTIONS[event.key]();
+  const actions = explains ? EXPLAIN : byId("curate").hidden ? {} : CURATE;
+  if (explains && classId >= 1 && classId <= CLASSES) chooseClass(classId);
+  else if (actions[event.key]) actions[event.key]();
   else return;
   event.preventDefault();
 }

@@ -3,7 +3,7 @@
 function buildModel() {
   const model = DATA.model;
   byId("model").replaceChildren(h("div.board", {},
-    panel("What this run finds", "", h("ul", {}, model.findings.map((text) => h("li", {}, text)))),
+    panel("What this run finds", "Are the proponents of the query's own class? Does masking predictive features cost more Dice than masking others (difference of the means; p: how often chance does as much)?", h("ul", {}, model.findings.map((text) => h("li", {}, text)))),
     influenceMatrix(model.matrix), diceOverEpochs(model.epochs), proponentClasses(model), randomSets(model)),
   featureTable(model));
 }
@@ -16,10 +16,18 @@ function diceOverEpochs(epochs) {
   const used = epochs.filter((e) => e.influence);
   const bands = used.map((e) => svg("rect", { x: x(e.epoch) - 4, width: 8, y: CHART.top, height: CHART.height - CHART.top - CHART.bottom, class: "band" }));
   const ticks = niceTicks(1, epochs.length, Math.min(8, epochs.length)).filter(Number.isInteger);
+  const hint = "Point at an epoch to read it.";
+  const read = h("p.readout", { dataset: { testid: "dice-value" } }, hint);
+  const values = (e, kind) => classIds().map((c) => `${className(c)} ${fixed(e[kind][c - 1], 4)}`).join(", ");
+  const tell = (place) => {
+    const e = epochs[place];
+    read.textContent = place === null ? hint
+      : `Epoch ${e.epoch} (${e.optimizer}, learning rate ${e.rate}): validation ${values(e, "validation")}; training ${values(e, "train")}`;
+  };
   return panel("Dice by epoch and class", "Solid: validation. Dashed: training. Shaded: the checkpoints that the influence is summed over.",
-    chart(CHART, bands, axes({ x, y, xTicks: ticks, yTicks: [0, 0.25, 0.5, 0.75, 1], xLabel: "epoch", yLabel: "Dice" }),
-      classIds().map((c) => [line("validation", c - 1, false), line("train", c - 1, true)])),
-    legend(DATA.classes.map(({ name, colour }) => [colour, name])));
+    readable(chart(CHART, bands, axes({ x, y, xTicks: ticks, yTicks: [0, 0.25, 0.5, 0.75, 1], xLabel: "epoch", yLabel: "Dice" }),
+      classIds().map((c) => [line("validation", c - 1, false), line("train", c - 1, true)])), CHART, epochs.map((e) => x(e.epoch)), tell),
+    legend(DATA.classes.map(({ name, colour }) => [colour, name])), read);
 }
 
 // PuOr: purple against, orange for, white where no pair of regions is.
@@ -79,7 +87,7 @@ function proponentClasses(model) {
     const lines = model.proponentClasses.filter((line) => line.query_set === set && line.query_class === classId);
     const parts = lines.filter((line) => line.share).map((line) => h("div", {
       style: `width:${100 * line.share}%;background:${classColour(line.train_class)}`,
-      title: `${className(line.train_class)}: ${percent(line.share)}`,
+      title: `${className(line.train_class)}: ${line.count} places, ${(100 * line.share).toFixed(2)} %`,
     }, line.share > 0.08 ? percent(line.share) : ""));
     return h("tr", {}, h("th", { scope: "row" }, `${set} · ${className(classId)}`),
       h("td", {}, parts.length ? h("div.stacked", {}, parts) : h("span.note", {}, "no query of this class has proponents")));
@@ -136,16 +144,23 @@ function featureCard(model, line, classId) {
   const curve = model.curves.find((one) => one.class === classId && one.feature === line.feature);
   const impact = model.impact.find((one) => one.class === classId && one.feature === line.feature);
   const trend = line.trend === "linear" ? (line.slope < 0 ? "falling" : "rising") : TRENDS[line.trend];
+  const about = line.predictive ? "predictive" : "";
+  const corner = h("span", { dataset: { testid: "curve-value" } }, about);
+  const tell = (place) => {
+    corner.textContent = place === null ? about : `rank ${Math.round(curve.rank[place])}: ${fixed(curve.importance[place], 3)}`;
+  };
   return h(`div.feature${line.predictive ? ".predictive" : ""}`, { dataset: { feature: line.feature } },
-    h("div.line", {}, h("b", {}, `feature ${line.feature}`), h("span", {}, line.predictive ? "predictive" : "")),
-    curve ? sparkline(curve) : message("silent in all regions"),
-    h("div.line", {}, h("span", {}, trend), h("span", {}, `first ${fixed(line.importance_first)}`), h("span", {}, impact ? `impact ${fixed(impact.impact, 3)}` : "")));
+    h("div.line", {}, h("b", {}, `feature ${line.feature}`), corner),
+    curve ? sparkline(curve, tell) : message("silent in all regions"),
+    h("div.line", {}, h("span", {}, trend), h("span", { title: "importance at the first proponent" }, `first ${fixed(line.importance_first)}`)),
+    h("div.line", {}, impact ? `impact ${fixed(impact.impact, 3)}` : ""));
 }
 
-function sparkline(curve) {
+function sparkline(curve, tell) {
   const box = { width: 180, height: 56 };
   const x = scale(curve.rank[0], curve.rank.at(-1), 2, box.width - 2);
   const y = scale(0, 1, box.height - 3, 3);
-  return chart(box, svg("line", { x1: 2, x2: box.width - 2, y1: y(DATA.features.threshold), y2: y(DATA.features.threshold), class: "grid" }),
+  const drawing = chart(box, svg("line", { x1: 2, x2: box.width - 2, y1: y(DATA.features.threshold), y2: y(DATA.features.threshold), class: "grid" }),
     polyline(curve.rank.map((rank, place) => [x(rank), y(curve.importance[place])]), { class: "curve" }));
+  return readable(drawing, box, curve.rank.map(x), tell);
 }

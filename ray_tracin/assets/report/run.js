@@ -10,15 +10,23 @@ function buildRun() {
     panel("Slices", "", table(["split", "patients", "slices"], run.splits.map((line) => [line.split, line.patients, line.slices]))),
     panel("What was left out", "", run.skipped.length
       ? table(["case", "why"], run.skipped.map((line) => [line.case, line.reason]))
-      : message("No case was skipped."),
+      : h("p", {}, "No case was skipped."),
     run.warnings.length ? table(["case", "read with a warning"], run.warnings.map((line) => [line.case, line.warnings])) : ""),
     panel("What it cost", `${secondsText(total)} of work in all. Memory is the largest of a worker's process.`,
       table(["stage", "keys", "work", "memory", "written", "workers"], cost)),
     panel("For other tools", "Predictions and regions as NIfTI in each patient's own orientation, with colour tables for 3D Slicer and ITK-SNAP; tables as Parquet.",
       h("pre", {}, `ray-tracin nifti --run ${shellWord(run.uri)} --out FOLDER`), h("pre", {}, `ray-tracin status --run ${shellWord(run.uri)}`)),
-    panel("About this page", "", h("p", {}, privacyText()), h("p", {}, `Rendered ${DATA.rendered}; the run's fingerprint is ${DATA.fingerprint.slice(0, 16)}….`),
+    panel("About this page", "", h("p", {}, privacyText()), h("p", { dataset: { testid: "size" } }, sizeText()), h("p", {}, `Rendered ${DATA.rendered}; the run's fingerprint is ${DATA.fingerprint.slice(0, 16)}….`),
       h("details", {}, h("summary", {}, "Configuration"), h("pre", { dataset: { testid: "config" } }, run.config)),
       h("details", {}, h("summary", {}, "Versions"), h("pre", {}, run.versions)))));
+}
+
+function sizeText() {
+  const page = Number(document.body.dataset.size);
+  const { files, bytes: beside } = DATA.beside;
+  const size = `This page has ${bytesText(page)}`;
+  if (!files) return `${size}, and needs no other file.`;
+  return `${size}; ${files} files in the folder assets beside it have ${bytesText(beside)}, ${bytesText(page + beside)} in all. They are read when they are needed: keep page and folder together.`;
 }
 
 function shellWord(text) {

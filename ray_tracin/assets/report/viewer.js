@@ -11,7 +11,10 @@ const VIEW = {
   modality: DATA.modalities.length - 1,
 };
 const PANES = new Set();
+const SCRATCH = new OffscreenCanvas(SIZE, SIZE);
+const PAINT = new Uint8ClampedArray(4 * SIZE * SIZE);
 const ZOOM = { factor: 1, x: 0, y: 0 };
+const ZOOM_STEP = 1.25;
 
 function rgb(hex) {
   return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
@@ -31,15 +34,23 @@ class Pane {
     this.element = h("div.pane", {}, this.stage, this.caption, ...sides);
     if (!DATA.images) this.element.append(h("span.absent", {}, "images left out"));
     if (onclick) this.element.addEventListener("click", (event) => onclick(event, this));
-    PANES.add(this);
   }
 
-  remove() {
+  // Out of sight, to be shown again.
+  rest() {
     PANES.delete(this);
     this.element.remove();
   }
 
+  // For good. A canvas that is only dropped keeps its pixels until the browser tidies up, which can be a gigabyte later.
+  remove() {
+    this.rest();
+    this.slice = undefined;
+    for (const canvas of [this.image, this.maps, this.overlay]) canvas.width = canvas.height = 0;
+  }
+
   show(slice, classId) {
+    PANES.add(this);
     const other = slice !== this.slice;
     this.slice = slice;
     this.classId = classId;
@@ -53,12 +64,11 @@ class Pane {
 
   draw() {
     if (!DATA.images || this.slice === undefined) return;
-    const { slice } = this;
-    loadPicture(slice, "image").then((picture) => {
-      if (slice !== this.slice) return; // another slice was asked for meanwhile
-      const context = this.image.getContext("2d");
-      context.drawImage(picture, this.channel * SIZE, 0, SIZE, SIZE, 0, 0, SIZE, SIZE);
-      this.element.dataset.drawn = `${SLICES.row[slice]} ${DATA.modalities[this.channel]}`;
+    const { slice, channel } = this;
+    loadPicture(slice, "image", channel).then((picture) => {
+      if (slice !== this.slice || channel !== this.channel) return; // another one was asked for meanwhile
+      this.image.getContext("2d").drawImage(picture, 0, 0);
+      this.element.dataset.drawn = `${SLICES.row[slice]} ${DATA.modalities[channel]}`;
     }, reportError);
     this.drawMap();
     this.drawOverlay();
@@ -67,38 +77,56 @@ class Pane {
   drawMap() {
     const { slice } = this;
     const place = DATA.features.mapped.indexOf(VIEW.feature);
+    if (place < 0 && !this.mapped) return; // a canvas that nothing was drawn on needs no memory
+    this.mapped = true;
     const context = this.maps.getContext("2d");
     context.clearRect(0, 0, SIZE, SIZE);
     if (place < 0) return;
-    const side = DATA.features.mapSize;
-    loadPicture(slice, "maps").then((picture) => {
+    loadPicture(slice, "maps", place).then((picture) => {
       if (slice !== this.slice || DATA.features.mapped[place] !== VIEW.feature) return;
       context.clearRect(0, 0, SIZE, SIZE);
-      context.drawImage(picture, place * side, 0, side, side, 0, 0, SIZE, SIZE);
+      context.drawImage(picture, 0, 0, SIZE, SIZE);
     }, reportError);
   }
 
   drawOverlay() {
     const context = this.overlay.getContext("2d");
     context.clearRect(0, 0, this.overlay.width, this.overlay.height);
-    if (VIEW.prediction) this.fillPrediction(context);
+    if (VIEW.prediction && VIEW.feature === null) this.fillPrediction(context);
+    if (VIEW.prediction && VIEW.feature !== null) this.outlineRegion(context);
     if (VIEW.truth && SLICES.labelled[this.slice]) this.outlineTruth(context);
   }
 
   fillPrediction(context) {
     const labels = labelsOf(this.slice, "prediction");
-    const pixels = new ImageData(SIZE, SIZE);
+    const pixels = PAINT.fill(0);
     for (let i = 0; i < labels.length; i++) {
       const classId = labels[i] >> 1;
       if (!classId || (classId !== this.classId && !VIEW.others)) continue;
       const strength = (labels[i] & 1 ? 1 : 0.45) * (classId === this.classId ? 1 : 0.6);
       const [r, g, b] = rgb(classColour(classId));
-      pixels.data.set([r, g, b, Math.round(255 * VIEW.opacity * strength)], 4 * i);
+      pixels.set([r, g, b, Math.round(255 * VIEW.opacity * strength)], 4 * i);
     }
-    const small = new OffscreenCanvas(SIZE, SIZE);
-    small.getContext("2d").putImageData(pixels, 0, 0);
+    SCRATCH.getContext("2d").putImageData(new ImageData(pixels, SIZE), 0, 0);
     context.imageSmoothingEnabled = false;
-    context.drawImage(small, 0, 0, this.overlay.width, this.overlay.height);
+    context.drawImage(SCRATCH, 0, 0, this.overlay.width, this.overlay.height);
+  }
+
+  // A filled region would hide the feature map, whose maximum within it is what counts.
+  outlineRegion(context) {
+    context.lineWidth = this.sharp * 0.5;
+    context.strokeStyle = classColour(this.classId);
+    context.stroke(borders(labelsOf(this.slice, "prediction"), 2 * this.classId + 1, this.sharp));
+  }
+
+  // Magnifies the region and what is annotated as its class, in pictures too small to show them otherwise.
+  closeUp() {
+    const box = DATA.images && boxOf(this.slice, this.classId);
+    if (!box) return;
+    const side = Math.min(SIZE, Math.max(SIZE / 3, 1.5 * Math.max(box.right - box.left, box.bottom - box.top)));
+    const start = (from, to) => Math.min(SIZE - side, Math.max(0, (from + to - side) / 2));
+    const share = (from, to) => `${(-100 * start(from, to)) / side}%`;
+    this.stage.style.transform = `translate(${share(box.left, box.right)}, ${share(box.top, box.bottom)}) scale(${SIZE / side})`;
   }
 
   outlineTruth(context) {
@@ -127,6 +155,23 @@ class Pane {
     if (column < 0 || row < 0 || column >= SIZE || row >= SIZE) return 0;
     return labelsOf(this.slice, "prediction")[row * SIZE + column] >> 1;
   }
+}
+
+// The smallest box around a region and what is annotated as its class; null where nothing is.
+function boxOf(slice, classId) {
+  const predicted = labelsOf(slice, "prediction");
+  const truth = SLICES.labelled[slice] ? labelsOf(slice, "truth") : [];
+  const box = { left: SIZE, top: SIZE, right: 0, bottom: 0 };
+  for (let i = 0; i < predicted.length; i++) {
+    if (predicted[i] !== 2 * classId + 1 && truth[i] !== classId) continue;
+    const column = i % SIZE;
+    const row = Math.floor(i / SIZE);
+    box.left = Math.min(box.left, column);
+    box.right = Math.max(box.right, column + 1);
+    box.top = Math.min(box.top, row);
+    box.bottom = Math.max(box.bottom, row + 1);
+  }
+  return box.right ? box : null;
 }
 
 // The edges between pixels of a class and others, as one path.
@@ -201,9 +246,12 @@ function zoomAt(event) {
   if (!pane) return;
   event.preventDefault();
   const box = pane.getBoundingClientRect();
-  const at = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+  zoomBy(1.0015 ** -event.deltaY, [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height]);
+}
+
+function zoomBy(times, at = [0.5, 0.5]) {
   const before = ZOOM.factor;
-  ZOOM.factor = Math.min(8, Math.max(1, before * 1.0015 ** -event.deltaY));
+  ZOOM.factor = Math.min(8, Math.max(1, before * times));
   const ratio = ZOOM.factor / before;
   ZOOM.x = at[0] - (at[0] - ZOOM.x) * ratio;
   ZOOM.y = at[1] - (at[1] - ZOOM.y) * ratio;
@@ -262,8 +310,10 @@ function buildTools() {
     check("others", "Other classes", "others"),
     slider("opacity", "Opacity", 0, 1, redrawPanes), slider("window", "Window", 0.05, 2, applyWindow),
     slider("level", "Level", 0, 1, applyWindow),
-    h("label", {}, "Feature map ", h("select", { id: "feature-map", onchange: (event) => chooseFeature(event.target.value) },
+    h("label", { title: "A feature map over the image, from dark (weak) to bright (strong)" }, "Map ", h("select", { id: "feature-map", onchange: (event) => chooseFeature(event.target.value) },
       option("", "none"), DATA.features.mapped.map((feature) => option(feature, `feature ${feature}`)))),
+    h("span.stepper", {}, h("button", { id: "zoom-out", title: "Zoom out (−)", "aria-label": "Zoom out", onclick: () => zoomBy(1 / ZOOM_STEP) }, "−"),
+      h("button", { id: "zoom-in", title: "Zoom in (+)", "aria-label": "Zoom in", onclick: () => zoomBy(ZOOM_STEP) }, "+")),
     h("button", { id: "reset-view", title: "Zoom, window and opacity as at first (0)", onclick: resetView }, "Reset"),
   );
   tools.addEventListener("refresh", () => {
@@ -277,5 +327,5 @@ function buildTools() {
 function chooseFeature(feature) {
   VIEW.feature = feature === "" || feature === null ? null : Number(feature);
   byId("tools").dispatchEvent(new Event("refresh"));
-  for (const pane of PANES) if (pane.slice !== undefined && DATA.images) pane.drawMap();
+  redrawPanes();
 }
