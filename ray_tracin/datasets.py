@@ -61,7 +61,9 @@ def execute_on_ray_data(stage: Stage[Any], keys: Sequence[Any], report: Report) 
 def _run_job(stage: Stage[Any], keys: Sequence[Any], assigned: Assignment, report: Report) -> None:
     positions = ray.data.from_items(list(range(len(keys))), override_num_blocks=len(keys))
     mapper: Any = partial(write_table, stage=stage, keys=list(keys))
-    written = positions.map(mapper, num_cpus=1, concurrency=stage.run.config.resources.workers)
+    workers = stage.run.config.resources.workers
+    # No more than there are keys: Ray Data would warn of the difference.
+    written = positions.map(mapper, num_cpus=1, concurrency=workers and min(workers, len(keys)))
     for row in written.iter_rows():
         key = keys[int(row["item"])]
         if not row["error"]:
