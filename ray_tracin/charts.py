@@ -20,6 +20,8 @@ COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#C
 """Of the classes, in order (Okabe and Ito)."""
 PREDICTIVE, OTHERS = "#0072B2", "#999999"
 PERMUTATIONS = 9999
+WIDTH_INCHES = 7.2
+"""Of a printed page: text keeps the size that it has here."""
 
 
 def class_colours(count: int) -> list[str]:
@@ -27,11 +29,20 @@ def class_colours(count: int) -> list[str]:
     return [colour for colour, _ in zip(cycle(COLOURS), range(count), strict=False)]
 
 
+def printed(value: float, digits: int = 3) -> str:
+    """A number as it stands in a picture: so many digits, exponents for small ones alone, a minus that is no hyphen."""
+    plain = f"{value:.{digits}g}"
+    if "e" in plain and abs(value) >= 1:
+        plain = f"{float(plain):.0f}"
+    return plain.replace("-", "−")
+
+
 def draw_proponent_classes(run: Run) -> Figure:
     """Figure 5: the classes of the top proponents of each query class, global explainers left out."""
     table = run.table("proponent_classes")
     sets = list(dict.fromkeys(table["query_set"]))
-    figure = Figure(figsize=(3.2 * len(sets) + 0.8, 3.0), layout="constrained", facecolor="white")
+    width = min(WIDTH_INCHES, 3.2 * len(sets) + 0.8)
+    figure = Figure(figsize=(width, 2.8), layout="constrained", facecolor="white")
     for axis, query_set in zip(figure.subplots(1, len(sets), squeeze=False, sharey=True)[0], sets, strict=True):
         shares = table[table["query_set"] == query_set].pivot(
             index="query_class", columns="train_class", values="share"
@@ -42,12 +53,17 @@ def draw_proponent_classes(run: Run) -> Figure:
             axis.bar(list(run.classes), values, bottom=left, color=colour, label=run.classes[int(train_class) - 1])
             left = left + np.where(np.isnan(values), 0, values)
         axis.set_title(f"{query_set} queries", fontsize=9)
-        axis.set_xlabel("class of the query")
+        axis.set_xlabel("class of the query", fontsize=8)
+        axis.tick_params(labelsize=8)
         axis.set_ylim(0, 1)
     settings = run.config.explainers
-    figure.axes[0].set_ylabel(f"share of the top {settings.class_list} proponents\n(by {settings.score} influence)")
+    figure.axes[0].set_ylabel(
+        f"share of the top {settings.class_list} proponents\n(by {settings.score} influence)", fontsize=8
+    )
     handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", title="their class", fontsize=8, frameon=False)
+    figure.legend(
+        handles, names, loc="outside right upper", title="their class", title_fontsize=8, fontsize=8, frameon=False
+    )
     return figure
 
 
@@ -62,8 +78,8 @@ def findings(run: Run) -> list[str]:
     for class_id, name in enumerate(run.classes, start=1):
         mine = own[(own["query_class"] == class_id) & own["share"].notna()]
         shares = [f"{share:.0%} of {kind}" for share, kind in zip(mine["share"], mine["query_set"], strict=True)]
-        top = run.config.explainers.class_list
-        known = f"of this class are {' and '.join(shares)} queries' top {top} proponents"
+        top = f"top {run.config.explainers.class_list} proponents by {run.config.explainers.score} influence"
+        known = f"of this class are {' and '.join(shares)} queries' {top}"
         lines.append(f"{name}: {known if shares else 'no query of this class has proponents'}")
     if "test" in run.query_sets:
         groups = [(name, _impacts(run, class_id)) for class_id, name in enumerate(run.classes, start=1)]
@@ -87,15 +103,16 @@ def draw_feature_impact(run: Run) -> Figure:
     The title of a panel has the difference of the means and the share of permutations of the two groups with a
     difference at least as large (one-sided).
     """
-    figure = Figure(figsize=(3.0 * len(run.classes), 2.9), layout="constrained", facecolor="white")
+    width = max(WIDTH_INCHES, 2.4 * len(run.classes))
+    figure = Figure(figsize=(width, 2.7), layout="constrained", facecolor="white")
     for class_id, axis in enumerate(figure.subplots(1, len(run.classes), squeeze=False)[0], start=1):
         groups = _impacts(run, class_id)
         _draw_distributions(axis, groups)
-        axis.set_title(f"{run.classes[class_id - 1]}\n{compared(*groups)}", fontsize=8)
+        axis.set_title(f"{run.classes[class_id - 1]}\n{compared(*groups).replace('-', '−')}", fontsize=7.5)
         axis.set_xlabel("impact: drop of Dice when masked", fontsize=8)
-        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.tick_params(labelsize=7)
-    figure.axes[0].set_ylabel("features, density", fontsize=8)
+    figure.axes[0].set_ylabel("density of features", fontsize=8)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure

@@ -291,8 +291,8 @@ def explain(
 ) -> None:
     """The local explanation of one region: which training regions pushed the network to it, and which against it.
 
-    Neutral regions are those with the influence nearest to 0. The features are the predictive ones in which query and
-    train region agree most, with their similarity (eq. 7).
+    Neutral regions are those with the influence nearest to 0, low overlap left out. The features are the predictive
+    ones in which query and train region agree most, with their similarity (eq. 7).
     """
     with _failing_clearly(debug):
         with _configuring(debug):

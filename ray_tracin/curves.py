@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
 
 from ray_tracin.assembly import train_regions
-from ray_tracin.charts import OTHERS, PREDICTIVE
-from ray_tracin.explainers import rank_regions
+from ray_tracin.charts import OTHERS, PREDICTIVE, WIDTH_INCHES, printed
+from ray_tracin.explainers import NONE, rank_regions
 from ray_tracin.explaining import global_columns
-from ray_tracin.explanation import query_scores, region_features
+from ray_tracin.explanation import neutrality, query_scores, region_features
 from ray_tracin.features import similarity
 from ray_tracin.featuring import POOLED
 from ray_tracin.panels import draw_feature, mark_sides, region_mask, shortened
@@ -24,8 +25,10 @@ from ray_tracin.store import Array
 from ray_tracin.unet import HEAD, last_hidden_maps
 
 SHOWN_TRENDS = ("u_shaped", "linear", "flat", "inverted_u")
-CURVES_INCHES, PANEL_INCHES, WIDTH_INCHES = 2.6, 2.05, 9.6
-"""Heights of the curves and of a row of slices; width of the figure."""
+CURVES_INCHES, PANEL_INCHES = 2.2, 1.75
+"""Heights of the curves and of a row of slices."""
+ROLES = ("query", "proponent", "neutral", "opponent")
+"""The rows of slices."""
 Line = Mapping[Any, Any]
 """A row of ``feature_trends.parquet``."""
 
@@ -54,7 +57,7 @@ def draw_feature_curves(run: Run) -> Figure:
     chosen = _chosen_features(trends[(trends["train_class"] == POOLED) & (trends["trend"] != "dead")])
     lines = chosen.to_dict("records")
     shown = {class_id: examples(run, class_id) for class_id in sorted({int(line["query_class"]) for line in lines})}
-    rows = max(map(len, shown.values()), default=0)
+    rows = len(ROLES) if any(shown.values()) else 0
     figure = Figure(
         figsize=(WIDTH_INCHES, CURVES_INCHES + rows * PANEL_INCHES), layout="constrained", facecolor="white"
     )
@@ -76,7 +79,8 @@ def _chosen_features(trends: pd.DataFrame) -> pd.DataFrame:
 def examples(run: Run, class_id: int) -> list[Example]:
     """The largest test region of a class, its first proponent, its most neutral train region, its first opponent.
 
-    By raw influence, as the features are ranked, global explainers left out.
+    By raw influence, as the features are ranked, global explainers left out. Where nobody is left for a role, nobody
+    has it.
     """
     queries = run.query_slices("test")
     regions = run.table("regions")
@@ -86,17 +90,15 @@ def examples(run: Run, class_id: int) -> list[Example]:
     row = int(mine["slice"].to_numpy()[mine["pixels"].to_numpy().argmax()])
     scores = query_scores(run, "test", queries.index(row), class_id).influence
     left = scores.masked_fill(torch.from_numpy(global_columns(run))[class_id - 1], torch.nan)
-    columns = {
-        "proponent": rank_regions(left, 1)[0, 0],
-        "neutral": rank_regions(-left.abs(), 1)[0, 0],
-        "opponent": rank_regions(-left, 1)[0, 0],
-    }
+    keys = (left, neutrality(run, left), -left)
     train_slices, train_classes = train_regions(run)
-    found = [
-        Example(role, int(train_slices[column]), int(train_classes[column]), float(left[0, column]))
-        for role, column in columns.items()
-    ]
-    return [Example("query", row, class_id, float("nan")), *found]
+    found = [Example(ROLES[0], row, class_id, float("nan"))]
+    for role, key in zip(ROLES[1:], keys, strict=True):
+        column = int(rank_regions(key, 1)[0, 0])
+        if column != NONE:
+            about = int(train_slices[column]), int(train_classes[column])
+            found.append(Example(role, *about, float(left[0, column])))
+    return found
 
 
 def _draw_curves(figure: SubFigure, run: Run, lines: Sequence[Line]) -> None:
@@ -108,8 +110,8 @@ def _draw_curves(figure: SubFigure, run: Run, lines: Sequence[Line]) -> None:
         _draw_curve(axis, mine["rank"].to_numpy(dtype=float), mine["importance"].to_numpy(dtype=float))
         mark = ", predictive" if line["predictive"] else ""
         trend = str(line["trend"]).replace("_", "-")
-        axis.set_title(f"feature {line['feature']}, {_class_name(run, line)}\n{trend}{mark}", fontsize=8)
-        axis.set_xlabel("rank by raw influence, proponents first", fontsize=7)
+        axis.set_title(f"feature {line['feature']}, {_class_name(run, line)}\n{trend}{mark}", fontsize=7.5)
+        axis.set_xlabel("rank by raw influence\n(proponents first)", fontsize=7)
     axes[0].set_ylabel("importance", fontsize=8)
     if lines:
         axes[0].legend(title="least squares", title_fontsize=6, fontsize=6, frameon=False)
@@ -122,7 +124,7 @@ def _class_name(run: Run, line: Line) -> str:
 
 
 def _draw_curve(axis: Axes, rank: Float[np.ndarray, " rank"], importance: Float[np.ndarray, " rank"]) -> None:
-    axis.plot(rank, importance, ".", color=OTHERS, markersize=2)
+    axis.plot(rank, importance, ".", color=OTHERS, markersize=2.5, markeredgewidth=0)
     for degree, style, name in ((1, "--", "line"), (2, "-", "parabola")):
         if len(rank) > degree:
             fitted = np.polynomial.Polynomial.fit(rank, importance, degree)
@@ -131,36 +133,45 @@ def _draw_curve(axis: Axes, rank: Float[np.ndarray, " rank"], importance: Float[
 
 
 def _draw_maps(figure: SubFigure, run: Run, lines: Sequence[Line], shown: Mapping[int, Sequence[Example]]) -> None:
-    """A column a feature, a row an example; colours of a column have one scale."""
-    axes = figure.subplots(max(map(len, shown.values())), len(SHOWN_TRENDS), squeeze=False)
+    """A column a feature, a row a role; colours of a column have one scale."""
+    axes = figure.subplots(len(ROLES), len(SHOWN_TRENDS), squeeze=False)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
+    for axis, role in zip(axes[:, 0], ROLES, strict=True):
+        axis.set_ylabel(role, fontsize=8)
     for column, line in zip(axes.T, lines, strict=False):
-        feature, found = int(line["feature"]), shown[int(line["query_class"])]
-        maps = list(feature_maps(run, [example.slice for example in found], feature))
-        top = max(float(values.max()) for values in maps)
-        strengths = [region_features(run, example.slice, example.class_id, [feature]) for example in found]
-        for axis, example, values, strength in zip(column, found, maps, strengths, strict=False):
-            image = run.images([example.slice])[0, -1]
-            drawn = draw_feature(axis, image, region_mask(run, example.slice, example.class_id), values, top)
-            same = float(similarity(strengths[0], strength))
-            axis.set_title(_caption(run, example, float(strength), same), fontsize=6)
-        bar = figure.colorbar(drawn, ax=column[-1], location="bottom", fraction=0.06, pad=0.02)
-        bar.set_label(f"map of feature {feature}", fontsize=6)
-        bar.ax.tick_params(labelsize=5.5)
-    for axis, example in zip(axes[:, 0], next(iter(shown.values())), strict=False):
-        axis.set_ylabel(example.role, fontsize=8)
-        mark_sides(axis)
+        if shown[int(line["query_class"])]:
+            _draw_column(figure, run, list(column), int(line["feature"]), shown[int(line["query_class"])])
+    for axis in axes[:, 0]:
+        if axis.images:
+            mark_sides(axis)
+
+
+def _draw_column(figure: SubFigure, run: Run, column: Sequence[Axes], feature: int, found: Sequence[Example]) -> None:
+    maps = list(feature_maps(run, [example.slice for example in found], feature))
+    top = max(float(values.max()) for values in maps)
+    strengths = [region_features(run, example.slice, example.class_id, [feature]) for example in found]
+    for example, values, strength in zip(found, maps, strengths, strict=True):
+        axis = column[ROLES.index(example.role)]
+        image = run.images([example.slice])[0, -1]
+        drawn = draw_feature(axis, image, region_mask(run, example.slice, example.class_id), values, top)
+        same = float(similarity(strengths[0], strength))
+        axis.set_title(_caption(run, example, float(strength), same), fontsize=5.5)
+    bar = figure.colorbar(drawn, ax=column[-1], location="bottom", fraction=0.06, pad=0.02)
+    bar.set_label(f"map of feature {feature}", fontsize=6)
+    bar.ax.tick_params(labelsize=5.5)
+    bar.ax.xaxis.set_major_locator(MaxNLocator(4))
 
 
 def _caption(run: Run, example: Example, strength: float, same: float) -> str:
     about = run.slices.set_index("slice").loc[example.slice]
     where = f"{run.classes[example.class_id - 1]}, {shortened(str(about['patient']))}, {about['index']}"
-    if example.role == "query":
+    if example.role == ROLES[0]:
         return f"{where}\nf = {strength:.2f}"
-    return f"{where}\nT = {example.influence:.2g}, f = {strength:.2f}, S = {same:.2f}"
+    agreement = f"{same:.2f}".replace("-", "−")
+    return f"{where}\nT = {printed(example.influence, 2)}, f = {strength:.2f}, S = {agreement}"
 
 
 def feature_maps(run: Run, rows: Sequence[int], feature: int) -> Iterator[Array]:

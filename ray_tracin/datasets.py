@@ -82,9 +82,12 @@ def _dataset(stage: Stage[Any], keys: Sequence[Any]) -> ray.data.Dataset:
     """The answers to the keys, as they come; a key whose process ended has none."""
     positions = ray.data.from_items(list(range(len(keys))), override_num_blocks=len(keys))
     mapper: Any = partial(write_table, stage=stage, keys=list(keys))
+    workers = stage.run.config.resources.workers
+    # No more than there are keys: Ray Data would warn of the difference.
+    at_once = workers and min(workers, len(keys))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # That there will be another way to say how often Ray is to try.
-        return positions.map(mapper, num_cpus=1, concurrency=stage.run.config.resources.workers, max_retries=0)
+        return positions.map(mapper, num_cpus=1, concurrency=at_once, max_retries=0)
 
 
 def _configure() -> None:

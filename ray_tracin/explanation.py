@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ray_tracin import store as paths
@@ -32,7 +33,7 @@ class RegionExplanation:
     class_name, class_id, slice, overlap, is_global, and ``feature_K`` for every one of ``features``, the similarity of
     the two regions in feature K (eq. 7). Proponents come most influential first; neutral regions nearest to 0 first.
     ``rank`` is that among all train regions, global explainers (``global_explainers`` of them) included, whether or not
-    they are in the lists; a region is not in its own lists.
+    they are in the lists; a region is not in its own lists, one of low overlap not among the neutral (`neutrality`).
     """
 
     patient: str
@@ -104,7 +105,7 @@ def explain_region(
         raise ValueError(_no_region(run, row, class_name))
     is_global, features, missing = _context(run, class_id)
     left_out = torch.zeros_like(is_global) if keep_global else is_global
-    keys = {side: sign * scores.ranked for side, sign in SIDES.items()} | {"neutral": -scores.ranked.abs()}
+    keys = {side: sign * scores.ranked for side, sign in SIDES.items()} | {"neutral": neutrality(run, scores.ranked)}
     lists = {name: _first(key, left_out, k) for name, key in keys.items()}
     rows = {name: _ranking(run, scores, found, is_global) for name, found in lists.items()}
     about = region_features(run, row, class_id, features)
@@ -131,6 +132,17 @@ def query_scores(run: Run, query_set: QuerySet, position: int, class_id: int) ->
     """Influence and cosine of every train region on the region of one class and one slice of a query set."""
     found = list(StripeReader(run).read(Stripe(query_set, position, position + 1)))
     return found[class_id - 1]
+
+
+def neutrality(run: Run, score: Float[Tensor, "query column"]) -> Float[Tensor, "query column"]:
+    """What ranks the neutral regions of a query, nearest to 0 first; NaN where a train region has low overlap.
+
+    Such a region has hardly a gradient, and hardly an influence on anyone: it is nobody's neutral example.
+    """
+    slices, classes = train_regions(run)
+    overlap = run.table("regions").set_index(["slice", "class"])["overlap"]
+    mine = overlap.reindex(pd.MultiIndex.from_arrays([slices, classes])).to_numpy(dtype=float)
+    return -score.abs().masked_fill(torch.from_numpy(mine < LOW_OVERLAP), torch.nan)
 
 
 def region_features(run: Run, row: int, class_id: int, features: Sequence[int]) -> Tensor:

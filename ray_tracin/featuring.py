@@ -7,7 +7,8 @@ places are those of ``C + 1`` rankings, one behind the other: the pooled one of 
 of each train class, n places each.
 
 Features, in arrays and tables, are numbered from 0, as the channels of the head's kernel. Train class 0 is the pooled
-ranking. The rankings are by raw influence.
+ranking. The rankings are by raw influence, whatever ranks the regions (``explainers.score``); ``ranked_by`` of the
+tables says so.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ SUMS = f"{paths.FEATURES}/sums"
 COUNTS = f"{paths.FEATURES}/counts"
 CHUNK_VALUES = 1 << 21
 """Values of one chunk of the sums: bounds what a worker holds, however many train slices there are."""
+RANKED_BY = "raw"
 POOLED = 0
 """The train class of the ranking over all train classes."""
 
@@ -238,7 +240,10 @@ def _curve_rows(
 
 def _joined(parts: list[dict[str, Array]]) -> pd.DataFrame:
     """The parts one below the other; taken apart column by column, so that the rows are not held three times."""
-    return pd.DataFrame({name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])})
+    table = pd.DataFrame({name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])})
+    # A category takes a byte a row, a word eight and more.
+    table["ranked_by"] = pd.Categorical.from_codes(np.zeros(len(table), dtype=np.int8), pd.Index([RANKED_BY]))
+    return table
 
 
 def _trend_rows(
@@ -257,5 +262,6 @@ def _trend_rows(
             "curvature": [trend.curvature for trend in trends],
             "importance_first": first,
             "predictive": [is_predictive(trend, value, settings) for trend, value in pairs],
+            "ranked_by": RANKED_BY,
         }
     )

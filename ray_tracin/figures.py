@@ -15,10 +15,10 @@ import pandas as pd
 from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, SymLogNorm, to_rgb
+from matplotlib.colors import Colormap, LinearSegmentedColormap, SymLogNorm, to_rgb
 from matplotlib.figure import Figure, SubFigure
 
-from ray_tracin.charts import class_colours, draw_feature_impact, draw_proponent_classes
+from ray_tracin.charts import WIDTH_INCHES, class_colours, draw_feature_impact, draw_proponent_classes, printed
 from ray_tracin.curves import draw_feature_curves
 from ray_tracin.explanation import RegionExplanation
 from ray_tracin.panels import draw_region, mark_sides, shortened
@@ -28,51 +28,71 @@ from ray_tracin.vocabulary import ranges
 
 STRIP_INCHES = 0.14
 """Height of a line of the heat map."""
-TILE_INCHES = 1.75
-DPI = 150
-MATRIX_PIXELS = 1800
-"""Side of the drawn train-influence matrix at the most; a larger one is averaged in blocks."""
+TILE_INCHES, LABEL_INCHES, NARROWEST_INCHES = 1.25, 1.3, 4.5
+"""Of the explanation of a region: sides of a slice, width of what stands beside it, width at the least."""
+PRINT_DPI, SCREEN_DPI = 300, 150
+MATRIX_PIXELS = 1300
+"""Side of the drawn train-influence matrix at the most, and fewer than it has in print; a larger one is averaged."""
+ZERO = "#d0d0d0"
+"""No influence: white is where there is no region."""
 SCALE_QUANTILES = (0.5, 0.995)
 """Of the absolute influence: below the first the colour scale is linear, at the second it ends."""
 
 
-def draw_explanation(run: Run, found: RegionExplanation, path: Path, *, shown: int = 4, modality: str = "") -> None:
-    """Write a PNG: the explained region in every modality, its strongest proponents, neutral regions, opponents.
+def draw_explanation(run: Run, found: RegionExplanation, path: Path, *, shown: int = 3) -> None:
+    """Write a PNG: the explained region, its strongest proponents, neutral regions and opponents, in every modality.
 
-    The filled area is the region (where the network is confident of the class), the line the ground truth. Train slices
-    are drawn in one modality, the first that ``modality`` names or else the last of the run. The heat map below has the
-    similarity of each of them with the query in every predictive feature (eq. 7).
-
-    Raises:
-        ValueError: the run has no such modality.
+    The filled area is the region (where the network is confident of the class), the line the ground truth. The heat map
+    below has the similarity of each train region with the query in every predictive feature (eq. 7).
     """
-    channel = _channel(run, modality)
-    columns = max(len(run.modalities), shown)
     chosen = {name: table.head(shown) for name, table in found.rankings.items()}
-    strip = STRIP_INCHES * (sum(map(len, chosen.values())) + 4) if found.features else 0
-    height = 4 * (TILE_INCHES + 0.5)
-    figure = Figure(figsize=(columns * TILE_INCHES, height + strip), layout="constrained", facecolor="white")
+    regions = sum(map(len, chosen.values()))
+    width = max(LABEL_INCHES + len(run.modalities) * TILE_INCHES, NARROWEST_INCHES)
+    strip = STRIP_INCHES * (regions + 4) if found.features and regions else 0
+    height = (regions + 1) * TILE_INCHES + 0.7
+    figure = Figure(figsize=(width, height + strip), layout="constrained", facecolor="white")
     parts: Any = figure.subfigures(2, 1, height_ratios=(height, strip or 0.01))
     upper, lower = parts
-    axes = upper.subplots(4, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    _draw_query(run, found, list(axes[0]))
-    for row, (title, table) in zip(axes[1:], chosen.items(), strict=True):
-        for axis, line in zip(row, table.to_dict("records"), strict=False):
-            draw_region(axis, run, line["slice"], line["class_id"], channel)
-            cosine = "undefined" if np.isnan(line["cosine"]) else f"{line['cosine']:.2f}"
-            heading = f"{title} {line['rank']}: {line['influence']:.2g}, cosine {cosine}"
-            where = f"{line['class_name']}, {shortened(line['patient'])}, {line['index']}"
-            axis.set_title(f"{heading}\n{where}\noverlap {line['overlap']:.2f}", fontsize=6)
+    axes = upper.subplots(regions + 1, len(run.modalities), squeeze=False)
+    _draw_row(run, list(axes[0]), found.slice, found.class_id, _query_label(found))
+    for axis, name in zip(axes[0], run.modalities, strict=True):
+        axis.set_title(name, fontsize=8)
+    mark_sides(axes[0, 0])
+    lines = [(name, line) for name, table in chosen.items() for line in table.to_dict("records")]
+    for row, (name, line) in zip(axes[1:], lines, strict=True):
+        _draw_row(run, list(row), line["slice"], line["class_id"], _train_label(name, line))
     if strip:
         _draw_links(lower, found, chosen)
     figure.suptitle(
-        f"{found.class_name} of {found.patient}, slice {found.index}: region Dice {found.dice:.2f}, overlap "
-        f"{found.overlap:.2f}; ranked by {found.ranked_by} influence",
+        f"{found.class_name} of {found.patient}, slice {found.index},\nexplained by train regions, ranked by "
+        f"{found.ranked_by} influence\nfilled: predicted with confidence; line: ground truth",
         fontsize=8,
     )
-    path.write_bytes(_png(figure))
+    path.write_bytes(_png(figure, SCREEN_DPI))
+
+
+def _draw_row(run: Run, axes: Sequence[Axes], row: int, class_id: int, label: str) -> None:
+    """A slice in every modality with a region, and what it is at its left."""
+    for channel, axis in enumerate(axes):
+        draw_region(axis, run, row, class_id, channel)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    axes[0].set_ylabel(label, fontsize=6.5, rotation=0, ha="right", va="center", multialignment="left")
+
+
+def _query_label(found: RegionExplanation) -> str:
+    lines = ["query", f"{found.class_name}, slice {found.index}", shortened(found.patient)]
+    lines += [f"region Dice {found.dice:.2f}", f"overlap {found.overlap:.2f}"]
+    return "\n".join(lines if found.labelled else [*lines, "no ground truth"])
+
+
+def _train_label(name: str, line: Mapping[Any, Any]) -> str:
+    cosine = "undefined" if np.isnan(line["cosine"]) else printed(line["cosine"], 2)
+    lines = [f"{name} {line['rank']}{', global' if line['is_global'] else ''}"]
+    lines += [f"{line['class_name']}, slice {line['index']}", shortened(line["patient"])]
+    lines += [f"influence {printed(line['influence'], 2)}", f"cosine {cosine}", f"overlap {line['overlap']:.2f}"]
+    return "\n".join(lines)
 
 
 def _draw_links(figure: SubFigure, found: RegionExplanation, chosen: Mapping[str, pd.DataFrame]) -> None:
@@ -122,7 +142,8 @@ def draw_modalities(run: Run) -> Figure:
     scarcest = table[[f"pixels_{class_id}" for class_id in range(1, len(run.classes) + 1)]].to_numpy().min(axis=1)
     row = int(table["slice"].to_numpy()[scarcest.argmax()])
     panels = len(run.modalities) + 1
-    figure = Figure(figsize=(panels * TILE_INCHES, TILE_INCHES + 0.75), layout="constrained", facecolor="white")
+    tile = WIDTH_INCHES / panels
+    figure = Figure(figsize=(WIDTH_INCHES, tile + 0.55), layout="constrained", facecolor="white")
     axes = list(figure.subplots(1, panels))
     images, labels = run.images([row])[0], run.labels([row])[0]
     for axis, image, name in zip(axes, [*images, images[-1]], [*run.modalities, "labels"], strict=True):
@@ -159,9 +180,9 @@ def draw_influence_matrix(run: Run) -> Figure:
     for border in range(1, classes):
         axis.axhline(border * side / classes - 0.5, color="black", linewidth=0.6)
         axis.axvline(border * side / classes - 0.5, color="black", linewidth=0.6)
-    axis.set_xlabel(f"train region (class, slice; {len(run.train_slices)} slices)")
+    axis.set_xlabel(f"train region (class, slice; {len(run.train_slices)} slices)\nwhite: no such region")
     axis.set_ylabel("query region (class, slice)")
-    figure.colorbar(drawn, ax=axis, label="influence", shrink=0.85)
+    figure.colorbar(drawn, ax=axis, label="raw influence (eq. 6)", shrink=0.85)
     return figure
 
 
@@ -196,7 +217,10 @@ def _scale(run: Run) -> tuple[float, float]:
 
 
 def _diverging() -> Colormap:
-    return colormaps["PuOr_r"].with_extremes(bad="white")
+    """Purple and orange, which colour-blind readers can tell apart, with grey between them."""
+    ends = colormaps["PuOr_r"]
+    stops = [to_rgb(ends(0.0)), to_rgb(ends(0.2)), to_rgb(ZERO), to_rgb(ends(0.8)), to_rgb(ends(1.0))]
+    return LinearSegmentedColormap.from_list("influence", stops).with_extremes(bad="white")
 
 
 FIGURES: dict[str, Callable[[Run], Figure]] = {
@@ -211,22 +235,7 @@ _NEEDS: dict[str, set[str]] = {"figure_4": {"train"}, "figure_6": {"test"}, "fig
 """The query sets without which a figure has nothing to show."""
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure, dpi: int = PRINT_DPI) -> bytes:
     sink = BytesIO()
-    figure.savefig(sink, format="png", dpi=DPI, metadata={"Software": "ray_tracin"})
+    figure.savefig(sink, format="png", dpi=dpi, metadata={"Software": "ray_tracin"})
     return sink.getvalue()
-
-
-def _channel(run: Run, modality: str) -> int:
-    if not modality:
-        return len(run.modalities) - 1
-    if modality not in run.modalities:
-        raise ValueError(f"no modality {modality!r}; modalities of this run: {', '.join(run.modalities)}")
-    return run.modalities.index(modality)
-
-
-def _draw_query(run: Run, found: RegionExplanation, axes: Sequence[Axes]) -> None:
-    for channel, name in enumerate(run.modalities):
-        draw_region(axes[channel], run, found.slice, found.class_id, channel)
-        axes[channel].set_title(name, fontsize=8)
-    mark_sides(axes[0])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ray_tracin.charts import class_colours, compared, draw_proponent_classes, findings
+from ray_tracin.charts import class_colours, compared, draw_proponent_classes, findings, printed
 from ray_tracin.runs import Run
 
 
@@ -43,3 +43,9 @@ def test_findings_answer_both_questions_for_every_class(tiny_run: Run) -> None:
     table = tiny_run.table("proponent_classes")
     own = table[(table.query_class == 2) & (table.train_class == 2)].set_index("query_set").share
     assert f"{own['train']:.0%} of train and {own['test']:.0%} of test queries' top 10" in lines[1]
+
+
+def test_numbers_in_pictures() -> None:
+    assert [printed(value, 2) for value in (430.0, -0.013, 0.0, -12345.0, 2.6e-06)] == [
+        *("430", "−0.013", "0", "−12000", "2.6e−06"),
+    ]

@@ -57,13 +57,15 @@ def scores(run: Run, query_set: str, row: int, class_id: int) -> pd.DataFrame:
     explainers = run.table("global_explainers")
     chosen = explainers[explainers.is_global & (explainers.query_class == class_id)]
     pairs = set(zip(chosen.train_slice, chosen.train_class, strict=True))
+    regions = run.table("regions").set_index(["slice", "class"])
+    table["overlap"] = [regions.overlap[z, j] for z, j in zip(table.slice, table.class_id, strict=True)]
     table["is_global"] = [pair in pairs for pair in zip(table.slice, table.class_id, strict=True)]
     return table[~own & ~np.isnan(influence)]
 
 
 def check(found: pd.DataFrame, expected: pd.DataFrame) -> None:
     assert len(found) > 0
-    columns = ["slice", "class_id", "rank", "is_global", "influence", "cosine"]
+    columns = ["slice", "class_id", "rank", "is_global", "overlap", "influence", "cosine"]
     left, right = (table[columns].reset_index(drop=True) for table in (found, expected))
     pd.testing.assert_frame_equal(left, right, check_dtype=False, rtol=1e-5, atol=1e-7)
 
@@ -72,7 +74,7 @@ def assert_ranked(found: RegionExplanation, table: pd.DataFrame, by: str, k: int
     there = table.dropna(subset=by)
     orders = {
         "proponent": there.sort_values(by, ascending=False, kind="stable"),
-        "neutral": there.sort_values(by, key=abs, kind="stable"),
+        "neutral": there[~(there.overlap < 0.1)].sort_values(by, key=abs, kind="stable"),
         "opponent": there.sort_values(by, kind="stable"),
     }
     for name, ordered in orders.items():
@@ -138,13 +140,25 @@ def test_the_picture_has_neutral_regions_and_the_links(
         (Path(planted.uri) / "tables/feature_trends.parquet").unlink()
     found = explain_region(planted, *first_region(planted, "test")[:3])
     drawn, png = [], figures._png
-    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or png(figure))
+    monkeypatch.setattr(figures, "_png", lambda figure, dpi: drawn.append(figure) or png(figure, dpi))
     figures.draw_explanation(planted, found, tmp_path / "x.png", shown=3)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     panels, links = drawn[0].subfigs
-    titles = [axis.get_title().split(":")[0] for axis in panels.axes if axis.images]
     ranks = [f"{name} {rank}" for name, table in found.rankings.items() for rank in table["rank"].head(3)]
-    assert titles == [*planted.modalities, *ranks]
+    modalities = len(planted.modalities)
+    rows = [panels.axes[start : start + modalities] for start in range(0, len(panels.axes), modalities)]
+    assert [axis.get_title() for axis in rows[0]] == list(planted.modalities)
+    assert [row[0].get_ylabel().split("\n")[0] for row in rows] == ["query", *ranks]
+    lines = [line for table in found.rankings.values() for line in table.head(3).to_dict("records")]
+    slices = [found.slice, *(line["slice"] for line in lines)]
+    regions = [found.class_id, *(line["class_id"] for line in lines)]
+    for row, number, class_id in zip(rows, slices, regions, strict=True):
+        outside = ~planted.store.read("regions.zarr/mask")[number, class_id - 1]
+        for axis, image in zip(row, planted.images([number])[0], strict=True):
+            np.testing.assert_allclose(axis.images[0].get_array()[outside, 0], (image[outside] + 1) / 2, atol=1e-6)
+    for row, line in zip(rows[1:], lines, strict=True):
+        assert f"{line['class_name']}, slice {line['index']}" in row[0].get_ylabel()
+        assert row[0].get_ylabel().endswith(f"overlap {line['overlap']:.2f}")
     if not with_features:
         assert not links.axes
         return

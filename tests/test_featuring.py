@@ -103,7 +103,9 @@ def test_maxima_are_those_of_the_final_network_in_its_regions(tiny_run: Run) -> 
 
 def assert_importance(run: Run) -> None:
     table = run.table("feature_importance")
-    assert list(table.columns) == ["feature", "query_class", "train_class", "rank", "importance", "queries"]
+    columns = ["feature", "query_class", "train_class", "rank", "importance", "queries", "ranked_by"]
+    assert list(table.columns) == columns
+    assert set(table.ranked_by) == set(run.table("feature_trends").ranked_by) == {"raw"}
     maxima = np.stack([expected_maxima(run, row) for row in range(len(run.slices))])
     compared = 0
     for query_class in (1, 2, 3):

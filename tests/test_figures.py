@@ -3,7 +3,7 @@ import warnings
 import numpy as np
 import pytest
 
-from ray_tracin.figures import draw_influence_matrix, draw_modalities, reduced_matrix
+from ray_tracin.figures import MATRIX_PIXELS, PRINT_DPI, draw_influence_matrix, draw_modalities, reduced_matrix
 from ray_tracin.runs import Run
 
 
@@ -52,3 +52,21 @@ def test_modalities_and_labels_are_one_slice(tiny_run: Run) -> None:
     for class_id in (1, 2, 3):
         overlay = figure.axes[-1].images[class_id].get_array()
         np.testing.assert_array_equal(overlay[..., 3] > 0, labels == class_id)
+
+
+def test_no_influence_is_told_from_no_region_and_no_block_is_lost_in_print(tiny_run: Run) -> None:
+    figure = draw_influence_matrix(tiny_run)
+    axis = figure.axes[0]
+    shown = axis.images[0]
+    nothing = np.asarray(shown.get_cmap()(shown.norm(0.0))[:3])
+    assert nothing.max() < 0.85, "white is where no region is"
+    assert np.ptp(nothing) < 0.02, "a grey"
+    figure.draw_without_rendering()
+    assert axis.get_window_extent().width / figure.dpi * PRINT_DPI >= MATRIX_PIXELS
+
+
+def test_colours_darken_on_both_sides_of_grey(tiny_run: Run) -> None:
+    shown = draw_influence_matrix(tiny_run).axes[0].images[0]
+    light = [np.asarray(shown.get_cmap()(place)[:3]) @ [0.2126, 0.7152, 0.0722] for place in np.linspace(0, 1, 11)]
+    assert (np.diff(light[:6]) > 0).all()
+    assert (np.diff(light[5:]) < 0).all()
