@@ -310,7 +310,7 @@ def receipts_of(run: Path, stage: str) -> int:
     return len(list((run / "receipts" / stage).glob("**/*.json")))
 
 
-KILLED = {"train": 3, "tiles": 7, "rankings": 1}
+KILLED = {"train": 3, "tiles": 7}
 """The stages in which the driver is killed, and after how many of their keys; `test_chaos` kills in all of them."""
 
 

@@ -1,7 +1,7 @@
 """One trouble at a time, for real, beside the same work without it: what comes out, what was done twice, how long.
 
 `test_pool` and `test_stages` hold the laws of each trouble on keys that take no time; here keys take some, so that the
-price can be told: ``pytest -m chaos``.
+price can be told.
 """
 
 import os
@@ -21,7 +21,7 @@ from test_cli import arrays_and_tables, drive, receipts_of, started_times
 
 from ray_tracin.runs import Run, open_run
 
-pytestmark = pytest.mark.chaos
+pytestmark = pytest.mark.slow
 
 SPARE = 2 << 30
 """Bytes that the workers of a node may take before Ray ends one of them; `faulty` asks for more."""
