@@ -34,10 +34,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ray_tracin.config import ModelConfig
 from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.influence import tile_kernel
-from ray_tracin.layers import Segment
 from ray_tracin.regions import region_scores
+from ray_tracin.rounding import RowFormat
 from ray_tracin.unet import HEAD, build_unet
-from ray_tracin.vocabulary import Precision, ranges
+from ray_tracin.vocabulary import Precision, RowDtype, ranges
 
 CLASSES, MODALITIES = 3, 4
 CHUNK_VALUES = {"cpu": 1 << 22, "cuda": 1 << 29}
@@ -108,24 +108,20 @@ def _gram(rows: Tensor) -> Tensor:
     return total.reshape(len(rows) // CLASSES, CLASSES, -1, CLASSES).permute(1, 0, 3, 2)
 
 
-def engine(
-    problem: Problem, batch: int, dtype: torch.dtype = torch.float32, precision: Precision = "float32"
-) -> Tensor:
+def engine(problem: Problem, batch: int, dtype: RowDtype = "float32", precision: Precision = "float32") -> Tensor:
     """Packed rows in batches, then the kernel a layer at a time."""
     network, images, labels, masks = problem
     differentiator = RegionDifferentiator(
         network, head=HEAD, parameters="all", example=images[0], classes=CLASSES, precision=precision
     )
-    layout = differentiator.layout
-    packed = torch.empty((len(images), layout.values), dtype=dtype, device=images.device)
+    form = RowFormat(differentiator.layout, dtype)
+    words = torch.float32 if dtype == "float32" else torch.int16
+    rows = torch.empty((len(images), form.words), dtype=words, device=images.device)
     for start, stop in ranges(len(images), batch):
         batch_of = images[start:stop], labels[start:stop], masks[start:stop]
-        packed[start:stop] = differentiator.differentiate(*batch_of).values
-
-    def read(segment: Segment) -> Tensor:
-        return packed[:, segment.offset : segment.stop]
-
-    kernel, _ = tile_kernel(layout, read, None, chunk_values=CHUNK_VALUES[images.device.type], precision=precision)
+        rows[start:stop] = form.keep(differentiator.differentiate(*batch_of).values)
+    chunk = CHUNK_VALUES[images.device.type]
+    kernel, _ = tile_kernel(form.layout, partial(form.read, rows), None, chunk_values=chunk, precision=precision)
     return kernel
 
 
@@ -134,9 +130,10 @@ METHODS: dict[str, Method] = {
     "naive": lambda problem, _: naive(problem),
     "shared forward": lambda problem, _: shared_forward(problem),
     "engine": engine,
-    "engine, bfloat16 rows": partial(engine, dtype=torch.bfloat16),
+    "engine, float16 rows": partial(engine, dtype="float16"),
+    "engine, bfloat16 rows": partial(engine, dtype="bfloat16"),
     "engine, tf32": partial(engine, precision="tf32"),
-    "engine, bfloat16": partial(engine, dtype=torch.bfloat16, precision="bfloat16"),
+    "engine, bfloat16": partial(engine, dtype="bfloat16", precision="bfloat16"),
 }
 SIZES = ("slices", "width", "size", "threads", "batch", "device")
 
@@ -259,7 +256,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="slices that the engine differentiates at once")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS][:4])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS][:5])
     parser.add_argument("--method", choices=[*METHODS], help=argparse.SUPPRESS)
     parser.add_argument("--kernel", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

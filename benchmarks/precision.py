@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from ray_tracin.agreement import Agreement, measure_agreement
 from ray_tracin.attribution import differentiator
 from ray_tracin.influence import sum_checkpoints, tile_kernel, train_columns
-from ray_tracin.layers import Segment, expand
+from ray_tracin.layers import expand
+from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import Run, open_run
-from ray_tracin.vocabulary import Precision
+from ray_tracin.vocabulary import Precision, RowDtype
 
 CHUNK_VALUES = 1 << 22
 SPEARMAN, OVERLAP = 0.999, 0.99
@@ -43,7 +44,7 @@ class Way:
     """A way to store and to multiply: the dtype of packed rows, the engine's precision, or a rounding in its place."""
 
     name: str
-    rows: torch.dtype = torch.float32
+    rows: RowDtype = "float32"
     precision: Precision = "float32"
     emulated: Rounding | None = None
 
@@ -60,9 +61,11 @@ def as_tf32(values: Tensor) -> Tensor:
 WAYS = (
     Way("float32"),
     Way("TF32 products (emulated)", emulated=as_tf32),
-    Way("bfloat16 rows, float32 products", rows=torch.bfloat16),
+    Way("float16 rows, float32 products", rows="float16"),
+    Way("bfloat16 rows, float32 products", rows="bfloat16"),
     Way("float32 rows, bfloat16 operands", precision="bfloat16"),
-    Way("bfloat16 rows and operands", rows=torch.bfloat16, precision="bfloat16"),
+    Way("float16 rows, bfloat16 operands", rows="float16", precision="bfloat16"),
+    Way("bfloat16 rows and operands", rows="bfloat16", precision="bfloat16"),
 )
 
 
@@ -93,22 +96,19 @@ def kernel_by(way: Way, run: Run, epoch: int, batch: Batch) -> Tensor:
     engine = differentiator(run, epoch, torch.device("cpu"))
     step = run.config.resources.batch_slices
     batches = zip(*(part.split(step) for part in batch), strict=True)
-    packed = torch.cat([engine.differentiate(*part).values.to(way.rows) for part in batches])
+    form = RowFormat(engine.layout, way.rows)
+    read = partial(form.read, torch.cat([form.keep(engine.differentiate(*part).values) for part in batches]))
     if way.emulated is None:
-        read = partial(_part, packed)
         return tile_kernel(engine.layout, read, None, chunk_values=CHUNK_VALUES, precision=way.precision)[0]
     classes = engine.layout.classes
-    total = torch.zeros(len(packed) * classes, len(packed) * classes)
+    rows = len(batch[0]) * classes
+    total = torch.zeros(rows, rows)
     for segment in engine.layout.segments:
-        for chunk in expand(segment, _part(packed, segment), classes, columns=max(1, CHUNK_VALUES // len(total))):
+        for chunk in expand(segment, read(segment), classes, columns=max(1, CHUNK_VALUES // rows)):
             operands = way.emulated(chunk.flatten(0, 1))
             total += operands @ operands.T
     blocks: Tensor = total.unflatten(1, (-1, classes)).unflatten(0, (-1, classes))
     return blocks.permute(1, 0, 3, 2)
-
-
-def _part(packed: Tensor, segment: Segment) -> Tensor:
-    return packed[:, segment.offset : segment.stop]
 
 
 def chosen_slices(run: Run, count: int) -> Batch:

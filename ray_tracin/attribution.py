@@ -1,10 +1,10 @@
 """The stage that takes gradients: packed rows of slices, made a shard at a time, and kept in ``gradients.zarr``.
 
 ``gradients.zarr`` (documented here, its owner) holds a group a checkpoint, ``epoch_NN``, with an array for each query
-set: (slice, value), one Zarr shard a gradient shard, float32 or bfloat16 (as uint16, attribute ``logical_dtype``). A
-row holds everything needed for the region gradients of one slice, all classes: the group's attribute ``layout`` says
-which values belong to which layer, and whether they are its gradients or the factors that its gradients are products
-of. ``slices`` of each array lists the rows of ``slices.zarr``.
+set: (slice, value), one Zarr shard a gradient shard, float32 or 16-bit words (as uint16; `rounding` says how they hold
+the values, by the attribute ``logical_dtype``). A row holds everything needed for the region gradients of one slice,
+all classes: the group's attribute ``layout`` says which values belong to which layer, and whether they are its
+gradients or the factors that its gradients are products of. ``slices`` of each array lists the rows of ``slices.zarr``.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,23 +15,21 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 from ray_tracin import store as paths
 from ray_tracin.gradients import NonFiniteGradientError, RegionDifferentiator
 from ray_tracin.mapping import mask_path
 from ray_tracin.regions import whole_slices
+from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import FINAL, Run, pick_device
 from ray_tracin.stages import Result, Stage, halving
-from ray_tracin.store import Array
 from ray_tracin.unet import HEAD
 from ray_tracin.vocabulary import GradientShard, QuerySet, checkpoint_name, ranges
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Of packed rows, by the names in the configuration."""
-INNER_CHUNK_VALUES = 1 << 15
-"""Values of a slice in one inner chunk of a gradient shard."""
+INNER_CHUNK_WORDS = 1 << 15
+"""Words of a slice in one inner chunk of a gradient shard."""
 
 
 def gradients_path(epoch: int, query_set: QuerySet) -> str:
@@ -77,17 +75,18 @@ class Differentiate(Stage[GradientShard]):
         """Create the arrays of every influence checkpoint."""
         run, settings = self.run, self.run.config.gradients
         layout = differentiator(run, run.config.influence_epochs()[0], torch.device("cpu")).layout
-        inner = min(INNER_CHUNK_VALUES, layout.values)
+        rows_are = RowFormat(layout, settings.dtype)
+        inner = min(INNER_CHUNK_WORDS, rows_are.words)
         for epoch in run.config.influence_epochs():
             run.store.create_group(f"{paths.GRADIENTS}/{checkpoint_name(epoch)}", {"layout": layout.to_json()})
             for name in needed_sets(run):
                 rows = run.query_slices(name)
                 run.store.create_array(
                     gradients_path(epoch, name),
-                    shape=(len(rows), layout.values),
-                    shards=(settings.shard_slices, -(-layout.values // inner) * inner),
+                    shape=(len(rows), rows_are.words),
+                    shards=(settings.shard_slices, -(-rows_are.words // inner) * inner),
                     chunks=(settings.shard_slices, inner),
-                    dtype="float32" if settings.dtype == "float32" else "uint16",
+                    dtype=rows_are.array_dtype,
                     dimensions=("slice", "value"),
                     attributes={"logical_dtype": settings.dtype, "slices": list(rows)},
                 )
@@ -99,7 +98,7 @@ class Differentiate(Stage[GradientShard]):
 
 def _write_shard(run: Run, make: "ShardDifferentiator", key: GradientShard) -> dict[str, Any]:
     rows, regions = make(key)
-    values = stored(rows.cpu())
+    values = RowFormat.to_array(rows)
     run.store.write(
         gradients_path(key.epoch, key.query_set), (slice(key.start, key.stop), slice(0, values.shape[1])), values
     )
@@ -132,8 +131,8 @@ class ShardDifferentiator:
         self._epoch = -1
         self._step = run.config.resources.batch_slices
 
-    def __call__(self, key: GradientShard) -> tuple[Float[Tensor, "slice value"], int]:
-        """The packed rows of a shard, on the device and in the precision of shards, and how many regions they have."""
+    def __call__(self, key: GradientShard) -> tuple[Shaped[Tensor, "slice word"], int]:
+        """The packed rows of a shard, on the device and in the form of shards, and how many regions they have."""
         rows = self._run.query_slices(key.query_set)[key.start : key.stop]
         images, labels, masks = self._inputs(rows, key.epoch)
         self._open_checkpoint(key.epoch, images, labels, masks)
@@ -141,7 +140,7 @@ class ShardDifferentiator:
         start = 0
         while start < len(rows):
             part, self._step = halving(partial(self._batch, key, rows, images, labels, masks, start), self._step)
-            parts.append(part.to(DTYPES[self._run.config.gradients.dtype]))
+            parts.append(self._form.keep(part))
             start += len(part)
         return torch.cat(parts), int(masks.flatten(2).any(2).sum())
 
@@ -157,6 +156,7 @@ class ShardDifferentiator:
         if epoch == self._epoch:
             return
         self._engine = differentiator(self._run, epoch, self.device)
+        self._form = RowFormat(self._engine.layout, self._run.config.gradients.dtype)
         self._epoch = epoch
         # The proof that no parameter is left out costs one backward of one slice; the richest slice proves most.
         best = int(masks.flatten(2).any(2).sum(1).argmax())
@@ -183,17 +183,6 @@ class ShardDifferentiator:
                 f"slice {where['index']} (row {where.name}), class {self._run.classes[error.class_id - 1]}, "
                 f"layer {error.unit}. Look at the checkpoint's loss in checkpoints.parquet and at the slice"
             ) from error
-
-
-def stored(rows: Tensor) -> Array:
-    """Packed rows as they are stored: float32, or bfloat16 bits in uint16 (Zarr has no bfloat16)."""
-    return np.asarray((rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy())
-
-
-def restored(values: Array, dtype: str) -> Tensor:
-    """The tensor that `stored` made an array of."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    return tensor.view(torch.bfloat16) if DTYPES[dtype] == torch.bfloat16 else tensor
 
 
 def _rows_of(run: Run, path: str, rows: Sequence[int]) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from ray_tracin.vocabulary import Precision
+from ray_tracin.vocabulary import Precision, RowDtype
 
 FORMAT_VERSION = 1
 """Version of the run on disk; another one is refused."""
@@ -155,8 +155,9 @@ class GradientsConfig(Section):
     patterns of parameter names such as ``decoder.*``."""
     score: Literal["region", "image"] = "region"
     """Dice on the region (eq. 6) or on the whole slice (the terms of eq. 5)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of packed rows; products always accumulate in float32 or wider."""
+    dtype: RowDtype = "float32"
+    """Of packed rows, in memory and on disk: ``float16`` rounds the large layers alone, under a scale of their own, and
+    takes half of the room; ``bfloat16`` rounds all. Products always accumulate in float32 or wider."""
     precision: Precision = "float32"
     """Of the operands that convolutions and products multiply: ``float32``, ``tf32`` (GPUs only; the same as float32 on
     a CPU), ``bfloat16`` (of products; convolutions as with ``tf32``)."""

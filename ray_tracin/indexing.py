@@ -24,6 +24,7 @@ from ray_tracin.agreement import measure_agreement
 from ray_tracin.attribution import ShardDifferentiator, differentiator, needed_sets, region_exists
 from ray_tracin.influence import sum_checkpoints, train_columns, without_absent
 from ray_tracin.layers import Layout
+from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import Run
 from ray_tracin.sketches import Sketcher, estimate_kernel
 from ray_tracin.stages import Result, Stage
@@ -110,11 +111,13 @@ class _IndexWork:
     def __init__(self, run: Run, size: int) -> None:
         self._run, self._size = run, size
         self._make = ShardDifferentiator(run)
-        self._layout = run_layout(run)
+        self._form = RowFormat(run_layout(run), run.config.gradients.dtype)
 
     def __call__(self, key: GradientShard) -> Result:
         rows, regions = self._make(key)
-        values = sketcher(self._run, self._layout, key.epoch, self._size).sketch(rows).cpu().numpy()
+        values = (
+            sketcher(self._run, self._form.layout, key.epoch, self._size).sketch(self._form.rows(rows)).cpu().numpy()
+        )
         whole = (slice(key.start, key.stop), *(slice(0, length) for length in values.shape[1:]))
         self._run.store.write(sketches_path(self._size, key.epoch, key.query_set), whole, values)
         return {"regions": regions}

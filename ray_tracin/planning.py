@@ -23,9 +23,10 @@ from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.influence import tile_bytes
 from ray_tracin.layers import Layout, differentiate_bytes
 from ray_tracin.presets import build_config, parse_yaml
+from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import Run, open_run
 from ray_tracin.store import IncompleteRunError, RunStore
-from ray_tracin.tiling import EXPANDED_VALUES, READ_VALUES
+from ray_tracin.tiling import EXPANDED_VALUES, READ_WORDS
 from ray_tracin.unet import HEAD, build_unet
 from ray_tracin.vocabulary import QuerySet, ranges
 
@@ -63,7 +64,7 @@ class Plan:
     @property
     def shard_bytes(self) -> int:
         """Gradient shards of one checkpoint on disk."""
-        return self.slices * self.layout.values * self._item_bytes
+        return self.slices * self._rows.row_bytes
 
     @property
     def dense_bytes(self) -> int:
@@ -128,7 +129,7 @@ class Plan:
     def gradient_worker_bytes(self) -> int:
         """Memory of a worker that makes gradient shards: network and copies, a batch, a shard and its encoding."""
         batch = differentiate_bytes(self.layout, self.config.resources.batch_slices)
-        shard = self.config.gradients.shard_slices * self.layout.values * (4 + 4 + 2 * self._item_bytes)
+        shard = self.config.gradients.shard_slices * (8 * self.layout.values + 2 * self._rows.row_bytes)
         return self._process_bytes + 3 * 4 * self.parameters + batch + shard
 
     @cached_property
@@ -186,7 +187,7 @@ class Plan:
     def fused_bytes(self) -> int:
         """Memory of a worker that makes tiles from rows that it makes: network, a batch, two blocks, a tile."""
         queries, train = self._sides
-        rows = (queries + train + self.config.gradients.shard_slices) * self.layout.values * self._item_bytes
+        rows = (queries + train + self.config.gradients.shard_slices) * self._rows.row_bytes
         batch = differentiate_bytes(self.layout, self.config.resources.batch_slices)
         return self._process_bytes + 3 * 4 * self.parameters + batch + rows + self._tile_bytes
 
@@ -195,7 +196,7 @@ class Plan:
         """Memory of a worker that makes tiles from shards."""
         queries, train = self._sides
         # What is read ahead on both sides, as stored and decoded (and before as answers of a server), and the tile.
-        ahead = (2 + self.in_cloud) * (queries + train) * READ_VALUES * self._item_bytes
+        ahead = (2 + self.in_cloud) * (queries + train) * READ_WORDS * self._rows.item_bytes
         return self._process_bytes + self._tile_bytes + ahead
 
     @property
@@ -214,7 +215,7 @@ class Plan:
     def _tile_bytes(self) -> int:
         queries, train = self._sides
         side, values = self.config.influence.tile_slices, EXPANDED_VALUES[self.device]
-        need = tile_bytes(self.layout, queries, train, chunk_values=values, stored_itemsize=self._item_bytes)
+        need = tile_bytes(self.layout, queries, train, chunk_values=values, stored_itemsize=self._rows.opened_bytes)
         return need + 2 * 4 * (self.classes * side) ** 2
 
     @property
@@ -253,7 +254,7 @@ class Plan:
         if self.config.gradients.keep:
             advice.append("gradients.keep=false holds the shards of one checkpoint at a time")
         if self.config.gradients.dtype == "float32":
-            advice.append("gradients.dtype=bfloat16 halves them")
+            advice.append("gradients.dtype=float16 halves them")
         return ", ".join(advice) or "put the run on a larger disk, or differentiate fewer gradients.parameters"
 
     def lines(self) -> list[tuple[str, str]]:
@@ -299,9 +300,9 @@ class Plan:
             *([(f"the same, {workers} workers", _duration(total / workers))] if workers > 1 else []),
         ]
 
-    @property
-    def _item_bytes(self) -> int:
-        return 4 if self.config.gradients.dtype == "float32" else 2
+    @cached_property
+    def _rows(self) -> RowFormat:
+        return RowFormat(self.layout, self.config.gradients.dtype)
 
 
 def plan_run(

@@ -20,7 +20,6 @@ from ray_tracin.attribution import (
     differentiator,
     gradients_path,
     region_exists,
-    restored,
 )
 from ray_tracin.config import DataConfig, SliceSelection
 from ray_tracin.folders import Case, find_cases
@@ -49,6 +48,7 @@ from ray_tracin.regions import (
     region_scores,
     whole_slices,
 )
+from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import FINAL, Run, pick_device
 from ray_tracin.tiling import EXPANDED_VALUES
 from ray_tracin.vocabulary import checkpoint_name, ranges
@@ -224,7 +224,7 @@ def _exact_kernel(run: Run, layout: Layout, epoch: int, rows: Tensor, exists: Te
     values, precision = EXPANDED_VALUES[rows.device.type], run.config.gradients.precision
     blocks = []
     for start, stop in ranges(len(run.train_slices), run.config.influence.tile_slices):
-        train = _shard_reader(run, epoch, start, stop)
+        train = _shard_reader(run, layout, epoch, start, stop)
         blocks.append(tile_kernel(layout, partial(_part, rows), train, chunk_values=values, precision=precision)[0])
     train_exists = torch.from_numpy(region_exists(run, run.train_slices, epoch))
     return train_columns(without_absent(torch.cat(blocks, dim=3).cpu(), exists, train_exists))
@@ -234,12 +234,13 @@ def _part(rows: Tensor, segment: Segment) -> Tensor:
     return rows[:, segment.offset : segment.stop]
 
 
-def _shard_reader(run: Run, epoch: int, start: int, stop: int) -> SegmentReader:
-    path, dtype, device = gradients_path(epoch, "train"), run.config.gradients.dtype, pick_device(run)
+def _shard_reader(run: Run, layout: Layout, epoch: int, start: int, stop: int) -> SegmentReader:
+    path, device = gradients_path(epoch, "train"), pick_device(run)
+    form = RowFormat(layout, run.config.gradients.dtype)
 
     def read(segment: Segment) -> Tensor:
-        block = run.store.read(path, (slice(start, stop), slice(segment.offset, segment.stop)))
-        return restored(block, dtype).to(device)
+        words = RowFormat.from_array(run.store.read(path, (slice(start, stop), form.place(segment))))
+        return form.segment(words.to(device), segment)
 
     return read
 

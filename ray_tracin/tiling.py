@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from ray_tracin import store as paths
-from ray_tracin.attribution import DTYPES, ShardDifferentiator, differentiator, gradients_path, restored
+from ray_tracin.attribution import ShardDifferentiator, differentiator, gradients_path
 from ray_tracin.influence import SegmentReader, tile_kernel
 from ray_tracin.layers import Layout, Segment
+from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import Run, pick_device
 from ray_tracin.stages import Result, Stage, halving
 from ray_tracin.store import Array
 from ray_tracin.vocabulary import GradientShard, QuerySet, Tile, checkpoint_name, ranges
 
-READ_VALUES = 1 << 17
-"""Values of a slice that a tile worker reads at a time, if a layer doesn't have more."""
+READ_WORDS = 1 << 17
+"""Words of a slice that a tile worker reads at a time, if a layer doesn't have more."""
 EXPANDED_VALUES = {"cpu": 1 << 22, "cuda": 1 << 29}
 """Gradient values that a tile worker expands at a time, per side, by its device; more is no faster on a CPU."""
 LEAST_EXPANDED_VALUES = 1 << 16
@@ -133,9 +134,7 @@ class _StoredRows:
 
     def _reader(self, block: Block, layout: Layout) -> SegmentReader:
         epoch, query_set, number = block
-        return _SegmentReader(
-            self._run, epoch, query_set, blocks(self._run, query_set)[number], layout.values, self.device
-        )
+        return _SegmentReader(self._run, epoch, query_set, blocks(self._run, query_set)[number], layout, self.device)
 
 
 class _MadeRows:
@@ -145,7 +144,8 @@ class _MadeRows:
         self._make = ShardDifferentiator(run)
         self.device = self._make.device
         self._run = run
-        self._layout = differentiator(run, run.config.influence_epochs()[0], torch.device("cpu")).layout
+        layout = differentiator(run, run.config.influence_epochs()[0], torch.device("cpu")).layout
+        self._form = RowFormat(layout, run.config.gradients.dtype)
         self._held: dict[Block, Tensor] = {}
 
     def sides(self, query: Block, train: Block) -> tuple[Layout, SegmentReader, SegmentReader | None]:
@@ -155,14 +155,14 @@ class _MadeRows:
         for block in (query, train):
             if block not in self._held:
                 self._held[block] = self._rows(block)
-        left, right = (partial(_part_of, self._held[block]) for block in (query, train))
-        return self._layout, left, None if query == train else right
+        left, right = (partial(self._form.read, self._held[block]) for block in (query, train))
+        return self._form.layout, left, None if query == train else right
 
     def _rows(self, block: Block) -> Tensor:
         epoch, query_set, number = block
         start, stop = blocks(self._run, query_set)[number]
-        dtype = DTYPES[self._run.config.gradients.dtype]
-        rows = torch.empty((stop - start, self._layout.values), dtype=dtype, device=self.device)
+        dtype = torch.float32 if self._form.dtype == "float32" else torch.int16
+        rows = torch.empty((stop - start, self._form.words), dtype=dtype, device=self.device)
         count, size = len(self._run.query_slices(query_set)), self._run.config.gradients.shard_slices
         for first, last in ranges(count, size):
             low, high = max(first, start), min(last, stop)
@@ -176,10 +176,6 @@ class _MadeRows:
 _Rows = _StoredRows | _MadeRows
 
 
-def _part_of(rows: Tensor, segment: Segment) -> Tensor:
-    return rows[:, segment.offset : segment.stop]
-
-
 def stored_layout(run: Run, epoch: int) -> Layout:
     """What the values of a gradient shard are."""
     return Layout.from_json(run.store.attributes(f"{paths.GRADIENTS}/{checkpoint_name(epoch)}")["layout"])
@@ -189,18 +185,21 @@ class _SegmentReader:
     """Reads the values of a layer after another, many layers at a time: a chunk on disk holds several small ones."""
 
     def __init__(
-        self, run: Run, epoch: int, query_set: QuerySet, rows: tuple[int, int], values: int, device: torch.device
+        self, run: Run, epoch: int, query_set: QuerySet, rows: tuple[int, int], layout: Layout, device: torch.device
     ) -> None:
         self._run, self._path = run, gradients_path(epoch, query_set)
-        self._rows, self._values, self._device = slice(*rows), values, device
+        self._rows, self._device = slice(*rows), device
+        self._form = RowFormat(layout, run.config.gradients.dtype)
         self._start, self._held = 0, torch.empty((rows[1] - rows[0], 0))
 
     def __call__(self, segment: Segment) -> Tensor:
-        if not (self._start <= segment.offset and segment.stop <= self._start + self._held.shape[1]):
-            stop = min(max(segment.stop, segment.offset + READ_VALUES), self._values)
-            block = self._run.store.read(self._path, (self._rows, slice(segment.offset, stop)))
-            self._start, self._held = segment.offset, restored(block, self._run.config.gradients.dtype)
-        return self._held[:, segment.offset - self._start : segment.stop - self._start].to(self._device)
+        place = self._form.place(segment)
+        if not (self._start <= place.start and place.stop <= self._start + self._held.shape[1]):
+            stop = min(max(place.stop, place.start + READ_WORDS), self._form.words)
+            block = self._run.store.read(self._path, (self._rows, slice(place.start, stop)))
+            self._start, self._held = place.start, RowFormat.from_array(block)
+        words = self._held[:, place.start - self._start : place.stop - self._start]
+        return self._form.segment(words.to(self._device), segment)
 
 
 def _padded(values: Array, side: int, axes: Sequence[int]) -> Array:

@@ -108,7 +108,7 @@ def test_norms_of_test_queries_are_those_of_their_gradients(tiny_run: Run) -> No
     torch.testing.assert_close(got[there].double(), torch.as_tensor(expected)[there], rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("overrides", [[], ["gradients.dtype=bfloat16"], ["influence.tile_slices=6"]])
+@pytest.mark.parametrize("overrides", [[], ["gradients.dtype=float16"], ["influence.tile_slices=6"]])
 def test_rows_that_are_made_give_the_bits_of_rows_that_are_stored(
     patients: Path, tmp_path: Path, overrides: list[str]
 ) -> None:
@@ -129,6 +129,7 @@ VARIANTS = {
     "image": (["gradients.score=image"], None, True, 1e-5),
     "pattern": (["gradients.parameters=['head.*', 'encoder.0.*']"], None, False, 1e-5),
     "bfloat16": (["gradients.dtype=bfloat16"], None, False, 1e-2),
+    "float16": (["gradients.dtype=float16"], None, False, 5e-5),
 }
 
 
