@@ -1,4 +1,4 @@
-"""In which precision gradients are computed and multiplied, and the products themselves.
+"""In which precision and on how many threads gradients are computed and multiplied, and the products themselves.
 
 The one idea: float32 is what everything is held in and accumulated in; what may be coarser is the operands that tensor
 cores multiply. ``float32`` keeps 24 bits of them, ``tf32`` 11, ``bfloat16`` 8 (its convolutions stay tf32, because the
@@ -7,6 +7,7 @@ that is float32.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -29,6 +30,24 @@ def arithmetic(precision: Precision = "float32") -> Iterator[None]:
             yield
         finally:
             products.allow_tf32 = before
+
+
+@contextmanager
+def shared_threads(parts: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of Python threads, one a part, that share the CPU threads of this one."""
+    threads = torch.get_num_threads()
+
+    def begin() -> None:
+        # Asked first, because a thread takes over the number of the process when it first needs it.
+        torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // parts))
+
+    try:
+        with ThreadPoolExecutor(parts, initializer=begin) as pool:
+            yield pool
+    finally:
+        # Threads that are started later take over the last number that was set.
+        torch.set_num_threads(threads)
 
 
 def multiply(

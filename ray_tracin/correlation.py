@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -101,14 +103,18 @@ def clipped(box: Box, space: Shape) -> Box:
 
 def nonzero_boxes(values: Float[Tensor, "slice channel *space"]) -> list[Box | None]:
     """For each slice the smallest box that holds all its values but zeros, of any channel; None if all are zero."""
-    # Twice as fast as comparing all values with 0; whatever isn't a number counts as not 0.
-    anywhere = (values.amax(dim=1) != 0) | (values.amin(dim=1) != 0)
-    axes = range(1, anywhere.dim())
-    lines = [anywhere.movedim(axis, 1).flatten(2).any(2) if len(axes) > 1 else anywhere for axis in axes]
-    return [
-        tuple((where[0], where[-1] + 1) for where in rows) if all(rows) else None
-        for rows in zip(*([row.nonzero()[:, 0].tolist() for row in line] for line in lines), strict=True)
-    ]
+    # Twice as fast as comparing all values with 0; whatever isn't a number counts as not 0. NumPy is faster on bytes.
+    anywhere: npt.NDArray[np.bool_] = ((values.amax(dim=1) != 0) | (values.amin(dim=1) != 0)).cpu().numpy()
+    axes = set(range(1, anywhere.ndim))
+    lines = [np.logical_or.reduce(anywhere, axis=tuple(axes - {axis})) for axis in sorted(axes)]
+    bounds = [zip(line.argmax(1).tolist(), _stops(line), strict=True) for line in lines]
+    return [tuple(box) if line.any() else None for *box, line in zip(*bounds, lines[0], strict=True)]
+
+
+def _stops(lines: npt.NDArray[np.bool_]) -> list[int]:
+    """One past the last that is set, a line each."""
+    stops: list[int] = (lines.shape[1] - lines[:, ::-1].argmax(1)).tolist()
+    return stops
 
 
 def correlate_boxes(

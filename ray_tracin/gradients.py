@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ray_tracin.arithmetic import shared_threads
 from ray_tracin.correlation import Shape
 from ray_tracin.layers import Layout, Segment, parameter_gradients, unit_gradients
 from ray_tracin.localized import LocalBackward
@@ -34,6 +35,7 @@ from ray_tracin.units import (
     plan_segments,
     selected_parameters,
     trainable,
+    twin,
 )
 from ray_tracin.vocabulary import Precision, ranges
 
@@ -42,6 +44,9 @@ TOLERANCE = 1e-3
 NOISE = 1e-5
 """Share of a region's gradient norm by which any parameter may differ: those whose true gradient is 0 (a bias before an
 instance normalisation) hold nothing but rounding."""
+SHARES = 4
+"""Shares of a batch that go through the network at the same time, at the most, where threads allow: two passes keep two
+CPU cores busier than one whose small layers are split between them."""
 
 
 class NonFiniteGradientError(ValueError):
@@ -98,14 +103,17 @@ class RegionDifferentiator:
         precision: Precision = "float32",
     ) -> None:
         self._precision: Precision = precision
-        names = selected_parameters(model, head, parameters)
+        self._names = selected_parameters(model, head, parameters)
         self._model = frozen_copy(model)
-        self._units = {unit.name: unit for unit in find_units(self._model, names)}
+        self._units = self._units_of(self._model)
         self._parameters = {name: value for unit in self._units.values() for name, value in unit.parameters.items()}
         self._like = next(iter(self._parameters.values()))
         self._image_shape = tuple(example.shape)
         self._overwritten: set[str] = set()
         self._probe(example.to(self._like).unsqueeze(0), classes)
+
+    def _units_of(self, model: nn.Module) -> dict[str, Unit]:
+        return {unit.name: unit for unit in find_units(model, self._names)}
 
     def _probe(self, image: Float[Tensor, "1 modality *space"], classes: int) -> None:
         units = list(self._units.values())
@@ -155,24 +163,44 @@ class RegionDifferentiator:
                 f"differentiator was made for, at least one, got images of shape {tuple(images.shape)}: make a "
                 "differentiator for this size"
             )
-        step = len(images) if self._batched else 1
         with recorded(self._precision):
             batch = images.to(self._like), labels.to(self._like.device), masks.to(self._like.device)
-            parts = [self._batch(*(part[start:stop] for part in batch)) for start, stop in ranges(len(images), step)]
-        result = parts[0] if len(parts) == 1 else _concatenated(parts)
+            values = batch[0].new_empty((len(images), self.layout.values))
+            scores = self._in_shares([*batch, values])
+        result = RegionGradients(values, scores, ~scores.isnan())
         self._check_finite(result)
         return result
 
-    def _batch(self, images: Tensor, labels: Tensor, masks: Tensor) -> RegionGradients:
+    def _in_shares(self, batch: Sequence[Tensor]) -> Float[Tensor, "slice class"]:
+        """The scores of images, labels and masks; the rows go into the fourth tensor."""
+        count = len(batch[0])
+        # A replay changes parameters, which shares have in common.
+        alone = self._like.device.type != "cpu" or any(segment.kind == "other" for segment in self.layout.segments)
+        size = count if alone else -(-count // min(count, torch.get_num_threads(), SHARES))
+        shares = [[tensor[start:stop] for tensor in batch] for start, stop in ranges(count, size)]
+        if len(shares) == 1:
+            return self._share(self._model, *batch)
+        twins = [twin(self._model) for _ in shares]
+        with shared_threads(len(shares)) as pool:
+            return torch.cat(list(pool.map(self._share, twins, *zip(*shares, strict=True))))
+
+    def _share(self, model: nn.Module, *batch: Tensor) -> Float[Tensor, "slice class"]:
+        step = len(batch[0]) if self._batched else 1
+        parts = [[tensor[start:stop] for tensor in batch] for start, stop in ranges(len(batch[0]), step)]
+        return torch.cat([self._batch(model, *part) for part in parts])
+
+    def _batch(
+        self, model: nn.Module, images: Tensor, labels: Tensor, masks: Tensor, values: Tensor
+    ) -> Float[Tensor, "slice class"]:
+        units = self._units_of(model)
         while True:
-            passes = _Passes(self._units, self.layout, self._read, self._overwritten, images)
-            logits = passes.forward(self._model, images)
+            passes = _Passes(units, self.layout, self._read, self._overwritten, values.zero_())
+            logits = passes.forward(model, images)
             # Cloned, because autograd keeps them and refuses tensors of inference mode.
             scores = region_scores(logits, labels.clone(), masks.clone())
-            exists = ~scores.isnan()
-            passes.backward(torch.where(exists, scores, 0))
+            passes.backward(torch.where(scores.isnan(), 0, scores))
             if not passes.overwritten:
-                return RegionGradients(passes.values, scores.detach(), exists)
+                return scores.detach()
             # The network writes into what these units have read: once more, and from now on, with copies.
             self._overwritten |= passes.overwritten
 
@@ -255,9 +283,9 @@ class _Passes:
         layout: Layout,
         read: Mapping[str, Sequence[Shapes]],
         copied: Set[str],
-        images: Float[Tensor, "slice modality *space"],
+        values: Float[Tensor, "slice value"],
     ) -> None:
-        self.values = images.new_zeros(len(images), layout.values)
+        self._values = values
         self.overwritten: set[str] = set()
         """Units whose inputs the network wrote into before they were used."""
         self._units = units
@@ -270,7 +298,7 @@ class _Passes:
         self._class = 0
         # What doesn't depend on a unit before it depends on this: a backward pass to here reaches every unit, and
         # goes no further than the first of them.
-        self._anchor = images.new_zeros((), requires_grad=True)
+        self._anchor = values.new_zeros((), requires_grad=True)
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         # On a GPU batches beat boxes, which differ from slice to slice and have to be read back from it.
@@ -299,8 +327,8 @@ class _Passes:
             )
         call = Call.of(unit, arguments, keywords, copied=unit.name in self._copied)
         if segment.form == "factors":
-            inputs = call.tensors[0].reshape(len(self.values), -1)
-            self.values[:, segment.offset : segment.offset + inputs.shape[1]] = inputs
+            inputs = call.tensors[0].reshape(len(self._values), -1)
+            self._values[:, segment.offset : segment.offset + inputs.shape[1]] = inputs
             call = Call.of(unit, (), {})
         calls.append(call)
 
@@ -324,23 +352,23 @@ class _Passes:
     def _take(self, unit: Unit, number: int, place: int, output_gradient: Tensor) -> None:
         segment, call = self._segments[unit.name], self._calls[unit.name][number]
         if segment.form == "factors":
-            self._add(segment, output_gradient.reshape(len(self.values), -1))
+            self._add(segment, output_gradient.reshape(len(self._values), -1))
         elif call.overwritten():
             self.overwritten.add(unit.name)
         elif segment.kind == "other":
             self._to_replay.append((call, number, place, output_gradient))
         else:
-            self._add(segment, _formula(segment, call, output_gradient, len(self.values)))
+            self._add(segment, _formula(segment, call, output_gradient, len(self._values)))
 
     def _replay(self, call: Call, number: int, place: int, output_gradient: Tensor) -> None:
         example = self._example_read[call.unit.name][number]
-        slices = len(self.values)
+        slices = len(self._values)
         shared = [tuple(now.shape) == then for now, then in zip(call.tensors, example, strict=True)]
         self._add(self._segments[call.unit.name], call.replayed(place, output_gradient, slices, shared))
 
     def _add(self, segment: Segment, part: Float[Tensor, "slice part"]) -> None:
         start = segment.offset + segment.input_values + self._class * part.shape[1]
-        self.values[:, start : start + part.shape[1]] += part
+        self._values[:, start : start + part.shape[1]] += part
 
 
 def _formula(segment: Segment, call: Call, output_gradient: Tensor, slices: int) -> Float[Tensor, "slice column"]:
@@ -356,14 +384,6 @@ def _relative(difference: Float[Tensor, "class column"], scale: Float[Tensor, " 
     norm = difference.norm(dim=1)
     # Where autograd's gradient is 0 altogether, no difference is none and any is infinitely large.
     return float(torch.where(norm == 0, 0, norm / scale).max())
-
-
-def _concatenated(parts: Sequence[RegionGradients]) -> RegionGradients:
-    return RegionGradients(
-        values=torch.cat([part.values for part in parts]),
-        scores=torch.cat([part.scores for part in parts]),
-        exists=torch.cat([part.exists for part in parts]),
-    )
 
 
 def _check_logits(logits: Any, expected: Shape) -> None:

@@ -122,6 +122,12 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return own
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """A copy that shares the parameters and buffers: hooks on one aren't called by the other."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
 def find_units(model: nn.Module, names: Sequence[str]) -> list[Unit]:
     """The units that own the named parameters, every parameter in one of them.
 

@@ -1,7 +1,9 @@
+import threading
+
 import pytest
 import torch
 
-from ray_tracin.arithmetic import arithmetic, multiply
+from ray_tracin.arithmetic import arithmetic, multiply, shared_threads
 
 ROWS = [(1, 1, 1), (7, 5, 33), (96, 130, 257)]
 
@@ -44,6 +46,25 @@ def test_a_product_is_the_same_bits_with_any_number_of_threads():
         results.append(multiply(left, right))
     torch.set_num_threads(before)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("threads", "parts", "each"), [(4, 2, 2), (3, 2, 1), (1, 2, 1)])
+def test_parts_share_the_threads_of_whoever_starts_them(threads, parts, each):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    together = threading.Barrier(parts)
+
+    def count(_):
+        together.wait(10)
+        torch.ones(100_000).sum()
+        return torch.get_num_threads()
+
+    with shared_threads(parts) as pool:
+        found = list(pool.map(count, range(parts)))
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert found == [each] * parts
+    assert after == threads
 
 
 @pytest.mark.parametrize(("precision", "coarse"), [("float32", False), ("tf32", True), ("bfloat16", True)])

@@ -48,8 +48,17 @@ CASES = {
 }
 
 
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request):
+    """How many threads PyTorch may use; with two, shares of a batch go through the network at the same time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_equal_the_oracle(name):
+def test_gradients_equal_the_oracle(name, threads):
     build, size = CASES[name]
     model = networks.seeded(build)
     images, labels, masks = networks.batch(size=size)
@@ -112,7 +121,23 @@ def test_the_batch_a_slice_is_in_does_not_matter():
         torch.testing.assert_close(apart, together[order], rtol=1e-4, atol=1e-6 * float(together.abs().max()))
 
 
-def test_the_model_and_the_slices_are_left_as_they_were():
+def test_shares_of_a_batch_at_the_same_time_are_the_same_bits_every_time():
+    images, labels, masks = networks.batch(slices=7, size=(8, 8))
+    engine = differentiator(networks.seeded(unet), images)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    first, *others = (engine.differentiate(images, labels, masks) for _ in range(5))
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
+    alone = engine.differentiate(images, labels, masks)
+    for other in others:
+        assert torch.equal(other.values, first.values)
+        assert torch.equal(other.scores, first.scores)
+    torch.testing.assert_close(first.values, alone.values, rtol=1e-4, atol=1e-6 * float(alone.values.abs().max()))
+    torch.testing.assert_close(first.scores, alone.scores)
+
+
+def test_the_model_and_the_slices_are_left_as_they_were(threads):
     model = networks.seeded(networks.InPlace)
     before = copy.deepcopy(model.state_dict())
     images, labels, masks = networks.batch()
@@ -330,7 +355,7 @@ class Halting(nn.Module):
         return self.head(x)
 
 
-def test_a_number_of_calls_that_depends_on_the_slices_is_refused():
+def test_a_number_of_calls_that_depends_on_the_slices_is_refused(threads):
     images, labels, masks = networks.batch()
     engine = differentiator(Halting(), images * 0)
     with pytest.raises(ValueError, match="unit 'layer' was called 1 times on the example and more often on this batch"):
@@ -347,7 +372,7 @@ def test_a_weight_that_is_not_a_number_is_named():
     assert caught.value.unit == "decoder.0.upsample"
 
 
-def test_a_slice_that_is_not_finite_is_found():
+def test_a_slice_that_is_not_finite_is_found(threads):
     images, labels, masks = networks.batch()
     engine = differentiator(networks.seeded(unet), images)
     images[1, 0, 3, 3] = torch.inf
