@@ -147,7 +147,7 @@ def _doubled(one: Shape, two: Shape) -> bool:
 def trace(model: nn.Module, units: Sequence[Unit], images: Float[Tensor, "slice modality *space"]) -> Trace:
     """What the network did with some slices."""
     result = Trace()
-    kept: dict[int, int] = {}
+    kept: dict[int, Tensor] = {}
 
     def read(unit: Unit, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         result.read.setdefault(unit.name, []).append(_shapes((arguments, keywords)))
@@ -156,15 +156,20 @@ def trace(model: nn.Module, units: Sequence[Unit], images: Float[Tensor, "slice 
         result.written.setdefault(unit.name, []).append(_shapes(output))
         return output
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+    def keep(tensor: Tensor) -> None:
+        # Held here, so that no other takes its address, and not by the graph, which nobody goes back through: a
+        # result that holds the tensor that it is would never be freed.
+        kept[_storage(tensor)] = tensor.detach()
 
-    with hooked(units, read, written), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with hooked(units, read, written), torch.autograd.graph.saved_tensors_hooks(keep, _unread):
         result.logits = model(images.clone().requires_grad_().clone())
     own = {_storage(value) for value in (*model.parameters(), *model.buffers())}
-    result.kept_bytes = sum(size for address, size in kept.items() if address not in own)
+    result.kept_bytes = sum(kept[address].untyped_storage().nbytes() for address in kept.keys() - own)
     return result
+
+
+def _unread(_: Any) -> Tensor:
+    raise RuntimeError("nobody goes back through a trace")
 
 
 def _storage(tensor: Tensor) -> int:

@@ -1,4 +1,5 @@
 import copy
+import weakref
 
 import networks
 import oracle
@@ -421,3 +422,32 @@ def test_a_layout_can_be_planned_without_memory():
         planned = differentiator(unet(), torch.zeros(1, 2, 8, 8)).layout
     assert planned.segments == layout.segments
     assert 0 < planned.activation_bytes <= 2 * layout.activation_bytes
+
+
+class Watched(nn.Module):
+    """Remembers its activations as long as anybody else does."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(2, 4, 3, padding=1)
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        # What a sigmoid has returned is what it keeps for its way back.
+        hidden = torch.sigmoid(self.body(x))
+        ACTIVATIONS.append(weakref.ref(hidden))
+        return self.head(hidden)
+
+
+ACTIVATIONS: list[weakref.ref] = []
+
+
+def test_no_activation_outlives_what_it_is_needed_for():
+    images, labels, masks = networks.batch()
+    ACTIVATIONS.clear()
+    engine = differentiator(networks.seeded(Watched), images)
+    assert len(ACTIVATIONS) >= 2
+    assert [reference() for reference in ACTIVATIONS] == [None] * len(ACTIVATIONS)
+    engine.differentiate(images, labels, masks)
+    engine.check(images[:1], labels[:1], masks[:1])
+    assert [reference() for reference in ACTIVATIONS] == [None] * len(ACTIVATIONS)
