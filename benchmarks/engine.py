@@ -78,28 +78,38 @@ def lesions(slices: int, size: int) -> Tensor:
 def naive(problem: Problem) -> Tensor:
     """A forward and a backward a region; all rows; one product."""
     network, images, labels, masks = problem
-    parameters = list(network.parameters())
-    rows = []
+    parameters, rows = _dense_rows(problem)
     for position in range(len(images)):
         one = slice(position, position + 1)
         for class_id in range(CLASSES):
             score = region_scores(network(images[one]), labels[one], masks[one])[0, class_id]
-            rows.append(torch.cat([part.flatten() for part in torch.autograd.grad(score, parameters)]))
-    return _gram(torch.stack(rows))
+            _write(rows[position * CLASSES + class_id], torch.autograd.grad(score, parameters))
+    return _gram(rows)
 
 
 def shared_forward(problem: Problem) -> Tensor:
     """One forward a slice and a backward a class; all rows; one product."""
     network, images, labels, masks = problem
-    parameters = list(network.parameters())
-    rows = []
+    parameters, rows = _dense_rows(problem)
     for position in range(len(images)):
         one = slice(position, position + 1)
         scores = region_scores(network(images[one]), labels[one], masks[one])[0]
         for class_id in range(CLASSES):
             parts = torch.autograd.grad(scores[class_id], parameters, retain_graph=class_id + 1 < CLASSES)
-            rows.append(torch.cat([part.flatten() for part in parts]))
-    return _gram(torch.stack(rows))
+            _write(rows[position * CLASSES + class_id], parts)
+    return _gram(rows)
+
+
+def _dense_rows(problem: Problem) -> tuple[list[nn.Parameter], Tensor]:
+    """The parameters, and room for a gradient a region."""
+    network, images, *_ = problem
+    parameters = list(network.parameters())
+    columns = sum(parameter.numel() for parameter in parameters)
+    return parameters, images.new_empty((len(images) * CLASSES, columns))
+
+
+def _write(row: Tensor, parts: Sequence[Tensor]) -> None:
+    torch.cat([part.flatten() for part in parts], out=row)
 
 
 def in_float64(problem: Problem) -> Tensor:

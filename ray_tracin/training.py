@@ -1,4 +1,4 @@
-"""Training of a segmentation network, an epoch at a time: the loss, the Dice that is reported, the augmentation.
+"""Training of a segmentation network, an epoch at a time: the loss, and the Dice that is reported.
 
 The one idea: an epoch is a function of the state before it. Every random draw is derived from (seed, epoch, slice) and
 none from how far a process has run, so a training that was stopped between any two epochs and restored ends in the
@@ -11,24 +11,15 @@ together: they hand in their rank and the wrapper that averages their gradients.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, Integer, UInt8
-from monai.transforms.compose import Compose, OneOf
-from monai.transforms.croppad.dictionary import RandSpatialCropd
-from monai.transforms.intensity.dictionary import ShiftIntensityd
-from monai.transforms.spatial.dictionary import Rand2DElasticd, RandFlipd, Resized
-from monai.transforms.utility.dictionary import Identityd
 from torch import Tensor, nn
 
-from ray_tracin.config import AugmentationConfig, TrainingConfig
-
-IMAGE, LABEL = "image", "label"
-KEYS = (IMAGE, LABEL)
-BACKGROUND = -1.0
-"""Intensity of the background in normalised images."""
+from ray_tracin.config import TrainingConfig
 
 OptimizerName = Literal["adam", "sgd"]
 
@@ -182,49 +173,6 @@ def _derived_seed(seed: int, *key: int) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
-def build_augmentation(config: AugmentationConfig, height: int, width: int) -> Compose:
-    """A transform of ``{"image", "label"}``, channel first: elastic deformation, random crop, mirroring (section 3.2).
-
-    Each acts with its own probability and on both alike; images are interpolated linearly, labels take the nearest
-    value. What comes in from outside the slice is background. A crop is resized back to height × width.
-    """
-    spacing, magnitude = config.elastic_spacing, config.elastic_magnitude
-    window = tuple(max(1, round(config.crop_fraction * side)) for side in (height, width))
-    # The elastic transform fills with 0, which is grey in an image: background is 0 while it works. Its cubic
-    # interpolation between control points bends the slice by up to 5 % of their spacing even at magnitude 0.
-    elastic = [
-        ShiftIntensityd(IMAGE, offset=-BACKGROUND),
-        Rand2DElasticd(KEYS, spacing, magnitude, prob=1.0, mode=("bilinear", "nearest"), padding_mode="zeros"),
-        ShiftIntensityd(IMAGE, offset=BACKGROUND),
-    ]
-    crop = [
-        RandSpatialCropd(KEYS, roi_size=window, random_size=False),
-        Resized(KEYS, (height, width), mode=("bilinear", "nearest-exact")),
-    ]
-    mirror = [RandFlipd(KEYS, prob=1.0, spatial_axis=1)]
-    steps = ((config.elastic, elastic), (config.crop, crop), (config.mirror, mirror))
-    return Compose([_sometimes(probability, transforms) for probability, transforms in steps])
-
-
-def _sometimes(probability: float, transforms: Sequence[Any]) -> OneOf:
-    # Some transforms have no probability, and the elastic one resamples even when it doesn't deform.
-    return OneOf([Compose(transforms), Identityd(KEYS)], weights=[probability, 1 - probability])
-
-
-def augment(
-    augmentation: Compose,
-    image: Float32[np.ndarray, "modality h w"],
-    labels: UInt8[np.ndarray, "h w"],
-    seed: int,
-) -> tuple[Float32[Tensor, "modality h w"], UInt8[Tensor, "h w"]]:
-    """An augmented slice and its labels; the same seed (32 bits) gives the same augmentation."""
-    augmentation.set_random_state(seed=seed)
-    pair = {IMAGE: torch.tensor(image), LABEL: torch.tensor(labels)[None].float()}
-    result = augmentation(pair)
-    image_out, labels_out = (torch.Tensor.as_subclass(result[key], Tensor) for key in KEYS)
-    return image_out.contiguous(), labels_out[0].to(torch.uint8)
-
-
 def _unwrapped(network: nn.Module) -> nn.Module:
     return network
 
@@ -274,7 +222,9 @@ class Trainer:
         assert highest <= self.classes, f"labels are 0 to {self.classes}, got {highest}: are these slices labelled?"
         self._network = wrap(self.model)
         self._average = average
-        self._augmentation = build_augmentation(config.augmentation, *images.shape[2:])
+        # Imported here, because MONAI takes a second of every command, and only training augments.
+        self._augmenting = import_module("ray_tracin.augmentation")
+        self._augmentation = self._augmenting.build_augmentation(config.augmentation, *images.shape[2:])
         self._optimizer: torch.optim.Optimizer | None = None
 
     def train_epoch(self) -> EpochRecord:
@@ -350,7 +300,9 @@ class Trainer:
 
     def _augmented(self, rows: Sequence[int], epoch: int) -> tuple[Tensor, Tensor]:
         pairs = [
-            augment(self._augmentation, self.images[row], self.labels[row], _derived_seed(self.seed, epoch, row))
+            self._augmenting.augment(
+                self._augmentation, self.images[row], self.labels[row], _derived_seed(self.seed, epoch, row)
+            )
             for row in rows
         ]
         images, labels = zip(*pairs, strict=True)

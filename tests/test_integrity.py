@@ -81,9 +81,8 @@ def harmed(copy: Path, seed: int, damages: int) -> Harm:
     return harm
 
 
-@pytest.mark.parametrize(
-    "seed", [pytest.param(n, marks=pytest.mark.chaos if n else pytest.mark.slow) for n in range(4)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
 def test_fifty_random_damages_are_found_and_mended(tiny_run: Run, tmp_path: Path, seed: int) -> None:
     uri = str(shutil.copytree(tiny_run.uri, tmp_path / "run"))
     own = ("config.yaml", "versions.json")
@@ -107,7 +106,7 @@ def test_fifty_random_damages_are_found_and_mended(tiny_run: Run, tmp_path: Path
     assert verify(open_run(uri)) == {}
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_each_of_fifty_random_damages_is_found_alone(tiny_run: Run, tmp_path: Path) -> None:
     """One at a time: no damage hides behind another, and `verify` names its file and nothing else."""
     root, rng = Path(shutil.copytree(tiny_run.uri, tmp_path / "run")), random.Random(17)

@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from ray_tracin.augmentation import augment, build_augmentation
 from ray_tracin.config import AugmentationConfig, ModelConfig, TrainingConfig
 from ray_tracin.training import (
     Trainer,
-    augment,
-    build_augmentation,
     dice_loss,
     dice_scores,
     epoch_batches,
