@@ -8,7 +8,6 @@ goes into the packed row at once.
 It doesn't know checkpoints, files or what gradients are multiplied with.
 """
 
-import copy
 from collections.abc import Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ray_tracin.arithmetic import shared_threads
 from ray_tracin.correlation import Shape
 from ray_tracin.layers import Layout, Segment, parameter_gradients, unit_gradients
 from ray_tracin.localized import LocalBackward
-from ray_tracin.recording import Call, Trace, hooked, recorded, trace
+from ray_tracin.recording import Call, hooked, recorded, trace
 from ray_tracin.regions import region_pixels, region_scores
 from ray_tracin.units import (
     Shapes,
@@ -117,28 +116,18 @@ class RegionDifferentiator:
         return {unit.name: unit for unit in find_units(model, self._names)}
 
     def _probe(self, image: Float[Tensor, "1 modality *space"], classes: int) -> None:
-        one, two = self._traces(image)
+        units = list(self._units.values())
+        with recorded():
+            one, two = (trace(self._model, units, torch.cat([image] * count)) for count in (1, 2))
         _check_logits(one.logits, (1, classes + 1, *image.shape[2:]))
         # Where units don't hold slices along their first axis, a batch would mix them: one slice at a time then.
         self._batched = one.doubled_by(two)
         self._read = one.read
-        uncalled = [name for unit in self._units.values() if unit.name not in one.read for name in unit.parameters]
+        uncalled = [name for unit in units if unit.name not in one.read for name in unit.parameters]
         self._refuse_used(uncalled, image)
         self.layout = Layout(
             classes, plan_segments(self._units, one.read, one.written, classes), tuple(uncalled), one.kept_bytes
         )
-
-    def _traces(self, image: Float[Tensor, "1 modality *space"]) -> list[Trace]:
-        """What the network does with one slice and with two: shapes, which cost nothing where tensors have no data."""
-        try:
-            return self._traces_of(copy.deepcopy(self._model).to("meta"), image.to("meta"))
-        except (RuntimeError, TypeError, ValueError):  # A network that looks at values, or is itself at fault.
-            return self._traces_of(self._model, image)
-
-    def _traces_of(self, model: nn.Module, image: Float[Tensor, "1 modality *space"]) -> list[Trace]:
-        units = list(self._units_of(model).values())
-        with recorded():
-            return [trace(model, units, torch.cat([image] * count)) for count in (1, 2)]
 
     def _refuse_used(self, names: Sequence[str], image: Float[Tensor, "1 modality *space"]) -> None:
         """A module that is never called may be idle, or its parameters are read by other code."""
