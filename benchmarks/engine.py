@@ -132,8 +132,7 @@ def engine(problem: Problem, batch: int = 16, dtype: RowDtype = "float32", preci
         network, head=HEAD, parameters="all", example=images[0], classes=CLASSES, precision=precision
     )
     form = RowFormat(differentiator.layout, dtype)
-    words = torch.float32 if dtype == "float32" else torch.int16
-    rows = torch.empty((len(images), form.words), dtype=words, device=images.device)
+    rows = form.room(len(images), images.device)
     for start, stop in ranges(len(images), batch):
         batch_of = images[start:stop], labels[start:stop], masks[start:stop]
         rows[start:stop] = form.keep(differentiator.differentiate(*batch_of).values)

@@ -3,7 +3,7 @@
 The one idea: kernels are sums over all parameters, and the layers that hold few values of a row (the head, the
 convolutions at full resolution) hold most of the sum. ``float16`` keeps those small segments as they are and rounds the
 large ones, which are nearly all of the row, to float16 under a scale of their own: half the bytes, and the kernel
-differs in the sixth digit. ``bfloat16`` rounds everything to 8 bits, which shows in the fourth.
+differs in the sixth digit. ``bfloat16`` rounds everything to 8 bits, which shows in the fifth.
 
 It doesn't know how rows are made, multiplied or stored.
 """
@@ -102,6 +102,14 @@ class RowFormat:
         bounds = [segment.input_values + position * length for position in range(classes + 1)]
         parts = [slice(*pair) for pair in pairwise(bounds)]
         return [slice(0, segment.input_values), *parts] if segment.input_values else parts
+
+    def room(self, slices: int, device: torch.device) -> Shaped[Tensor, "slice word"]:
+        """Kept rows of some slices, yet to be written."""
+        return torch.empty((slices, self.words), dtype=self._word, device=device)
+
+    @property
+    def _word(self) -> torch.dtype:
+        return torch.float32 if self.dtype == "float32" else torch.int16
 
     def keep(self, rows: Float[Tensor, "slice value"]) -> Shaped[Tensor, "slice word"]:
         """Packed rows in the form in which they are kept; each row for itself, whatever the others are."""

@@ -161,8 +161,7 @@ class _MadeRows:
     def _rows(self, block: Block) -> Tensor:
         epoch, query_set, number = block
         start, stop = blocks(self._run, query_set)[number]
-        dtype = torch.float32 if self._form.dtype == "float32" else torch.int16
-        rows = torch.empty((stop - start, self._form.words), dtype=dtype, device=self.device)
+        rows = self._form.room(stop - start, self.device)
         count, size = len(self._run.query_slices(query_set)), self._run.config.gradients.shard_slices
         for first, last in ranges(count, size):
             low, high = max(first, start), min(last, stop)
