@@ -29,7 +29,7 @@ from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import Run, open_run
 from ray_tracin.vocabulary import Precision, RowDtype
 
-CHUNK_VALUES = 1 << 22
+CHUNK_VALUES = 1 << 23
 SPEARMAN, OVERLAP = 0.999, 0.99
 """What a default precision has to keep: mean rank correlation, and overlap of the top 20."""
 TF32_DROPPED_BITS = 13

@@ -41,7 +41,7 @@ from ray_tracin.vocabulary import checkpoint_name
 
 CLASSES = 3
 BATCH = 8
-CHUNK_VALUES = 1 << 22
+CHUNK_VALUES = 1 << 23
 MEBIBYTE = 1 << 20
 AGAIN = ("gradients", "tiles")
 """What is computed anew: the stages' receipts and arrays are left out of the copies."""

@@ -1,4 +1,4 @@
-"""In which precision and on how many threads gradients are computed and multiplied, and the products themselves.
+"""In which precision, threads and memory gradients are computed and multiplied, and the products themselves.
 
 The one idea: float32 is what everything is held in and accumulated in; what may be coarser is the operands that tensor
 cores multiply. ``float32`` keeps 24 bits of them, ``tf32`` 11, ``bfloat16`` 8 (its convolutions stay tf32, because the
@@ -6,15 +6,19 @@ rounding of activations adds up over layers, that of two factors of a product do
 that is float32.
 """
 
-from collections.abc import Iterator
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ray_tracin.vocabulary import Precision
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -32,22 +36,50 @@ def arithmetic(precision: Precision = "float32") -> Iterator[None]:
             products.allow_tf32 = before
 
 
+@runtime_checkable
+class Each(Protocol):
+    """Calls a function with each of some arguments."""
+
+    def __call__(self, function: Callable[..., Result], /, *arguments: Sequence[Any]) -> list[Result]:
+        """The results; arguments as `map` takes them."""
+        ...
+
+
 @contextmanager
-def shared_threads(parts: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of Python threads, one a part, that share the CPU threads of this one."""
+def shared_threads(parts: int) -> Iterator[Each]:
+    """A map whose calls run at the same time, up to so many, and share the CPU threads of this one.
+
+    On one thread, or for one call, it is a plain loop.
+    """
     threads = torch.get_num_threads()
+    workers = min(parts, threads)
 
     def begin() -> None:
         # Asked first, because a thread takes over the number of the process when it first needs it.
         torch.get_num_threads()
-        torch.set_num_threads(max(1, threads // parts))
+        torch.set_num_threads(threads // workers)
 
-    try:
-        with ThreadPoolExecutor(parts, initializer=begin) as pool:
-            yield pool
-    finally:
-        # Threads that are started later take over the last number that was set.
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(workers, initializer=begin) as pool:
+
+        def each(function: Callable[..., Result], *arguments: Sequence[Any]) -> list[Result]:
+            if workers == 1 or len(arguments[0]) == 1:
+                return list(map(function, *arguments))
+            return list(pool.map(function, *arguments))
+
+        try:
+            yield each
+        finally:
+            # Threads that are started later take over the last number that was set.
+            torch.set_num_threads(threads)
+
+
+def return_freed_memory() -> None:
+    """Gives back to the system what the C library holds of freed memory, where it is one that can be asked to (glibc).
+
+    Each thread has a store of its own there, of which other threads get nothing.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def multiply(

@@ -19,6 +19,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from ray_tracin import store as paths
+from ray_tracin.arithmetic import return_freed_memory
 from ray_tracin.gradients import NonFiniteGradientError, RegionDifferentiator
 from ray_tracin.mapping import mask_path
 from ray_tracin.regions import whole_slices
@@ -142,6 +143,7 @@ class ShardDifferentiator:
             part, self._step = halving(partial(self._batch, key, rows, images, labels, masks, start), self._step)
             parts.append(self._form.keep(part))
             start += len(part)
+        return_freed_memory()
         return torch.cat(parts), int(masks.flatten(2).any(2).sum())
 
     def _inputs(self, rows: Sequence[int], epoch: int) -> tuple[Tensor, Tensor, Tensor]:

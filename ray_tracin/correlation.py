@@ -12,6 +12,7 @@ It doesn't know modules, parameters or rows.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,14 @@ Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]
 """Start and stop, a spatial axis each."""
 
-WINDOW_VALUES = {"cpu": 1 << 22, "cuda": 1 << 28}
-"""Values of unfolded windows to hold at a time, by device. Beyond a CPU's caches, unfolding more at once is slower."""
+WINDOW_VALUES = {"cpu": 1 << 18, "cuda": 1 << 28}
+"""Values of unfolded windows to hold at a time, by device: on a CPU what the cache of one core holds."""
+
+LEAST_WINDOWS = 144
+"""Windows of a block below which a product of matrices loses speed."""
+
+Chunk = Callable[[], Float[Tensor, "slice class column"]]
+"""Makes some columns of region gradients, when and where they are needed."""
 
 _WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
@@ -143,39 +150,62 @@ def correlate(
     points: Float[Tensor, "slice pointed out *positions"],
     windows: Float[Tensor, "slice windowed in *space"],
     columns: int,
-) -> Iterator[Float[Tensor, "slice class column"]]:
-    """The gradients of a weight of shape (out, in/groups, *kernel), a range of ``in/groups`` at a time.
+) -> list[Chunk]:
+    """The gradients of a weight of shape (out, in/groups, *kernel), in blocks of ``in/groups`` and of ``out``.
 
-    The axis of classes is on one side, the other side has one entry for all of them. Chunks run along the windows'
-    channels, because then every window is unfolded once.
+    The axis of classes is on one side, the other side has one entry for all of them. A block has at most ``columns``
+    columns, or those of one kernel a group if that is more.
     """
     positions = tuple(points.shape[3:])
     grouped = points.reshape(*points.shape[:2], geometry.groups, -1, math.prod(positions))
     channels = windows.unflatten(2, (geometry.groups, -1))
-    width = max(1, columns // (points.shape[2] * math.prod(geometry.kernel)))
-    for start, stop in ranges(channels.shape[3], width):
-        yield _correlate_channels(geometry, grouped, channels[:, :, :, start:stop], positions)
+    outs, ins = _block(geometry, grouped.shape[3], channels.shape[3], columns)
+    return [
+        partial(_correlate_block, geometry, grouped[:, :, :, slice(*out)], channels[:, :, :, slice(*seen)], positions)
+        for seen in ranges(channels.shape[3], ins)
+        for out in ranges(grouped.shape[3], outs)
+    ]
 
 
-def _correlate_channels(
+def _block(geometry: Geometry, outs: int, ins: int, columns: int) -> tuple[int, int]:
+    """How many of a group's outputs and inputs make a block of so many columns.
+
+    All outputs, so that every window is unfolded once, unless too few windows are left for a fast product.
+    """
+    each = geometry.groups * math.prod(geometry.kernel)
+    most = max(1, columns // each)
+    width = min(ins, max(most // outs, min(most, -(-LEAST_WINDOWS // math.prod(geometry.kernel)))))
+    return _even(outs, most // width), _even(ins, width)
+
+
+def _even(count: int, most: int) -> int:
+    """The length of parts of at most so many that differ least."""
+    return -(-count // -(-count // most))
+
+
+def _correlate_block(
     geometry: Geometry,
     points: Float[Tensor, "slice pointed group out position"],
     windows: Float[Tensor, "slice windowed group in *space"],
     positions: Shape,
 ) -> Float[Tensor, "slice class column"]:
-    classes_in_points = points.shape[1] >= windows.shape[1]
-    size = math.prod(windows.shape[1:4]) * math.prod(geometry.kernel) * math.prod(positions)
-    parts = []
-    for start, stop in ranges(len(points), max(1, WINDOW_VALUES[points.device.type] // size)):
+    slices, pointed, groups, outs, _ = points.shape
+    classes, seen_by_kernel = max(pointed, windows.shape[1]), windows.shape[3] * math.prod(geometry.kernel)
+    block = points.new_empty((slices, classes, groups, outs, seen_by_kernel), dtype=wide(points.dtype))
+    size = windows.shape[1] * groups * seen_by_kernel * math.prod(positions)
+    for start, stop in ranges(slices, max(1, WINDOW_VALUES[points.device.type] // size)):
         # Here, and not before, because all slices in float32 could be more than fits.
-        asked, seen = (part[start:stop].to(wide(part.dtype)) for part in (points, windows))
+        asked, seen = (part[start:stop].to(block.dtype) for part in (points, windows))
         unfolded = _unfold(geometry, seen, positions)
-        if classes_in_points:
-            product = torch.einsum("scgol,sgil->scgoi", asked, unfolded[:, 0])
+        part = block[start:stop]
+        if pointed == classes and groups == 1:
+            # Written where it belongs, because new memory is slow.
+            torch.bmm(asked.flatten(1, 3), unfolded[:, 0, 0].mT, out=part.flatten(1, 3))
+        elif pointed == classes:
+            part.copy_(torch.einsum("scgol,sgil->scgoi", asked, unfolded[:, 0]))
         else:
-            product = torch.einsum("sgol,scgil->scgoi", asked[:, 0], unfolded)
-        parts.append(product.flatten(2))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+            part.copy_(torch.einsum("sgol,scgil->scgoi", asked[:, 0], unfolded))
+    return block.flatten(2)
 
 
 def _unfold(

@@ -181,8 +181,8 @@ class RegionDifferentiator:
         if len(shares) == 1:
             return self._share(self._model, *batch)
         twins = [twin(self._model) for _ in shares]
-        with shared_threads(len(shares)) as pool:
-            return torch.cat(list(pool.map(self._share, twins, *zip(*shares, strict=True))))
+        with shared_threads(len(shares)) as each:
+            return torch.cat(each(self._share, twins, *zip(*shares, strict=True)))
 
     def _share(self, model: nn.Module, *batch: Tensor) -> Float[Tensor, "slice class"]:
         step = len(batch[0]) if self._batched else 1

@@ -7,20 +7,26 @@ held whole.
 It doesn't know networks, runs or files: rows come from two functions that read a unit's part of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
-from ray_tracin.arithmetic import arithmetic, multiply
-from ray_tracin.layers import Layout, Segment, expand, expand_bytes
+from ray_tracin.arithmetic import Each, arithmetic, multiply, shared_threads
+from ray_tracin.correlation import Chunk, wide
+from ray_tracin.layers import Layout, Segment, expand_bytes, expansion
 from ray_tracin.vocabulary import Precision, ranges
 
 PANELS = 8
 """Row panels that the upper half of a symmetric kernel is cut into: they multiply 56 % of it."""
 SMALLEST_PANEL = 96
 """Rows below which products lose speed."""
+
+LANES = 2
+"""Parts of the chunks that a CPU's threads go through at the same time, at the most: a thread a product keeps two cores
+busier than products that are split between them."""
 
 SegmentReader = Callable[[Segment], Tensor]
 """Reads a segment's part of the packed rows of some slices: (slice, length), in the precision that they have."""
@@ -45,46 +51,94 @@ def tile_kernel(
     Raises:
         ValueError: the rows don't have the length that the layout says.
     """
-    kernel = norm2 = None
-    with arithmetic(precision):
+    sums = _Sums(layout.classes, precision)
+    with arithmetic(precision), shared_threads(LANES) as each:
         for segment in layout.segments:
             queries = query(segment)
-            trains = queries if train is None else train(segment)
-            for left, right in _chunks(segment, layout.classes, queries, trains, chunk_values):
-                if kernel is None or norm2 is None:
-                    kernel = left.new_zeros((len(left), len(right)), dtype=torch.float64)
-                    norm2 = left.new_zeros(len(left), dtype=torch.float64)
-                if train is None:
-                    _add_upper(kernel, left, precision)
-                else:
-                    kernel += multiply(left, right, precision)
-                    norm2 += torch.linalg.vecdot(left, left)
-    assert kernel is not None, "a layout without segments has no gradients"
-    assert norm2 is not None
-    dtype = torch.promote_types(left.dtype, torch.float32)
+            sums.add(segment, queries, queries if train is None else train(segment), chunk_values, each)
+            # A layer of all slices can be much: it goes before the next one comes.
+            del queries
+    kernel, norm2 = sums.total()
     if train is None:
         kernel = kernel.triu() + kernel.triu(1).mT
         norm2 = kernel.diagonal()
     blocks = kernel.unflatten(1, (-1, layout.classes)).unflatten(0, (-1, layout.classes))
-    return blocks.permute(1, 0, 3, 2).to(dtype).contiguous(), norm2.unflatten(0, (-1, layout.classes)).mT.to(dtype)
+    return (
+        blocks.permute(1, 0, 3, 2).to(sums.dtype).contiguous(),
+        norm2.unflatten(0, (-1, layout.classes)).mT.to(sums.dtype),
+    )
 
 
-def _add_upper(kernel: Float[Tensor, "row row"], rows: Float[Tensor, "row column"], precision: Precision) -> None:
-    """Adds the inner products of rows on and above the diagonal, and some below it: the kernel is symmetric."""
-    for start, stop in ranges(len(rows), max(SMALLEST_PANEL, -(-len(rows) // PANELS))):
-        kernel[start:stop, start:] += multiply(rows[start:stop], rows[start:], precision)
+class _Sums:
+    """A tile's sums over layers, a part of the chunks a lane: as many lanes, and so the same bits, on any threads."""
+
+    def __init__(self, classes: int, precision: Precision) -> None:
+        self._classes, self._precision = classes, precision
+        self._lanes: list[_Lane] = []
+        self.dtype = torch.float32
+
+    def add(self, segment: Segment, queries: Tensor, trains: Tensor, chunk_values: int, each: Each) -> None:
+        """Adds the inner products of a segment's part of the rows of both sides, which may be the same."""
+        count = LANES if queries.device.type == "cpu" else 1
+        if not self._lanes:
+            self.dtype = wide(queries.dtype)
+            self._lanes = [_Lane.of(self._classes, queries, trains, self._precision) for _ in range(count)]
+        chunks = _chunks(segment, self._classes, queries, trains, chunk_values // count)
+        each(_Lane.add, self._lanes, [chunks[number::count] for number in range(count)])
+
+    def total(self) -> tuple[Float64[Tensor, "row train_row"], Float64[Tensor, " row"]]:
+        """The kernel, of symmetric ones the upper half and more; and the squared norms where the sides differ."""
+        assert self._lanes, "a layout without segments has no gradients"
+        first, *others = self._lanes
+        for lane in others:
+            first.kernel += lane.kernel
+            first.norm2 += lane.norm2
+        return first.kernel, first.norm2
+
+
+@dataclass
+class _Lane:
+    """The sums over a part of the chunks."""
+
+    kernel: Float64[Tensor, "row train_row"]
+    norm2: Float64[Tensor, " row"]
+    precision: Precision
+
+    @classmethod
+    def of(cls, classes: int, queries: Tensor, trains: Tensor, precision: Precision) -> "_Lane":
+        rows, others = classes * len(queries), classes * len(trains)
+        return cls(
+            queries.new_zeros((rows, others), dtype=torch.float64),
+            queries.new_zeros(rows, dtype=torch.float64),
+            precision,
+        )
+
+    def add(self, chunks: Sequence[tuple[Chunk, Chunk]]) -> None:
+        """Adds the inner products of both sides' columns, of a side with itself those on and above the diagonal."""
+        for one, two in chunks:
+            if one is two:
+                self._add_upper(one().flatten(0, 1))
+            else:
+                self._add_pair(one().flatten(0, 1), two().flatten(0, 1))
+
+    def _add_pair(self, left: Float[Tensor, "row column"], right: Float[Tensor, "train_row column"]) -> None:
+        self.kernel += multiply(left, right, self.precision)
+        self.norm2 += torch.linalg.vecdot(left, left)
+
+    def _add_upper(self, rows: Float[Tensor, "row column"]) -> None:
+        # And some below the diagonal: the kernel is symmetric.
+        for start, stop in ranges(len(rows), max(SMALLEST_PANEL, -(-len(rows) // PANELS))):
+            self.kernel[start:stop, start:] += multiply(rows[start:stop], rows[start:], self.precision)
 
 
 def _chunks(
     segment: Segment, classes: int, queries: Tensor, trains: Tensor, chunk_values: int
-) -> Iterator[tuple[Float[Tensor, "row column"], Float[Tensor, "train_row column"]]]:
+) -> list[tuple[Chunk, Chunk]]:
     """Matching chunks of both sides' gradients, a row a region: the classes of a slice, then the next slice."""
     columns = max(1, chunk_values // (classes * max(len(queries), len(trains))))
-    left = expand(segment, queries, classes, columns=columns)
-    if trains is queries:
-        return ((chunk.flatten(0, 1),) * 2 for chunk in left)
-    right = expand(segment, trains, classes, columns=columns)
-    return ((one.flatten(0, 1), two.flatten(0, 1)) for one, two in zip(left, right, strict=True))
+    left = expansion(segment, queries, classes, columns=columns)
+    right = left if trains is queries else expansion(segment, trains, classes, columns=columns)
+    return list(zip(left, right, strict=True))
 
 
 def tile_bytes(
@@ -95,12 +149,11 @@ def tile_bytes(
     ``train_slices`` is None where the sides are the same.
     """
     columns = max(1, chunk_values // (layout.classes * max(query_slices, train_slices or 0)))
-    expanded = expand_bytes(
-        layout, query_slices + (train_slices or 0), columns=columns, stored_itemsize=stored_itemsize
-    )
+    slices = query_slices + (train_slices or 0)
+    expanded = expand_bytes(layout, slices, columns=columns, stored_itemsize=stored_itemsize, lanes=LANES)
     pairs = layout.classes**2 * query_slices * (train_slices or query_slices)
-    # The sum so far, a term in float32, the term in float64, and their sum.
-    return expanded + pairs * (8 + 4 + 8 + 8)
+    # A sum and a term of every lane, the two halves of a symmetric kernel, and the whole.
+    return expanded + pairs * (LANES * (8 + 4) + 8 + 8 + 8)
 
 
 def without_absent(

@@ -15,7 +15,7 @@ where they are stored, or what they are multiplied with.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from ray_tracin import correlation
-from ray_tracin.correlation import Geometry, Shape, correlate, correlate_boxes, nonzero_boxes, points_of, wide
+from ray_tracin.correlation import Chunk, Geometry, Shape, correlate, correlate_boxes, nonzero_boxes, points_of, wide
 from ray_tracin.vocabulary import ranges
 
 Kind = Literal["convolution", "transposed convolution", "linear", "affine", "other"]
@@ -129,10 +129,15 @@ def factor_values(classes: int, input_shape: Shape, output_shape: Shape) -> int:
 def expand(
     segment: Segment, packed: Float[Tensor, "slice length"], classes: int, *, columns: int
 ) -> Iterator[Float[Tensor, "slice class column"]]:
-    """The region gradients of a unit, in chunks of its columns that together hold each of them exactly once.
+    """The region gradients of a unit, in the chunks of `expansion`, one after the other."""
+    return (chunk() for chunk in expansion(segment, packed, classes, columns=columns))
+
+
+def expansion(segment: Segment, packed: Float[Tensor, "slice length"], classes: int, *, columns: int) -> list[Chunk]:
+    """What makes the region gradients of a unit, in chunks of its columns that together hold each of them exactly once.
 
     ``packed`` is the segment's part of the rows, in any stored precision; chunks are float32, or float64 if it is. A
-    chunk has at most ``columns`` columns, or those of one input channel of a weight if that is more. How columns are
+    chunk has at most ``columns`` columns, or those of one kernel a group of a weight if that is more. How columns are
     dealt to chunks depends on ``columns`` and the segment alone, so two expansions with the same ``columns`` can be
     multiplied chunk by chunk; with ``columns`` ≥ ``segment.columns`` they come in the order of the parameters.
 
@@ -166,21 +171,23 @@ def multiply_factors(
     output_gradients: Float[Tensor, "slice class *written"],
     *,
     columns: int,
-) -> Iterator[Float[Tensor, "slice class column"]]:
-    """The gradients of a unit from its factors, in chunks of columns as `expand` gives them."""
+) -> list[Chunk]:
+    """What makes the gradients of a unit from its factors, in chunks of columns as `expansion` gives them."""
     geometry = segment.geometry
     assert geometry is not None, f"{segment.unit} has no geometry"
     if segment.kind == "linear":
         # Channels are last and any number of axes precede them: one axis of positions, after the channels.
         inputs = inputs.reshape(len(inputs), -1, inputs.shape[-1]).mT
         output_gradients = output_gradients.reshape(*output_gradients.shape[:2], -1, output_gradients.shape[-1]).mT
+    chunks: list[Chunk] = []
     for name in segment.parameters:
         if name.endswith("bias"):
-            yield from _parts(output_gradients.flatten(3).sum(3, dtype=wide(output_gradients.dtype)), columns)
+            chunks += _parts(output_gradients.flatten(3).sum(3, dtype=wide(output_gradients.dtype)), columns)
         elif segment.kind == "transposed convolution":
-            yield from correlate(geometry, inputs.unsqueeze(1), output_gradients, columns)
+            chunks += correlate(geometry, inputs.unsqueeze(1), output_gradients, columns)
         else:
-            yield from correlate(geometry, output_gradients, inputs.unsqueeze(1), columns)
+            chunks += correlate(geometry, output_gradients, inputs.unsqueeze(1), columns)
+    return chunks
 
 
 def unit_gradients(
@@ -191,7 +198,7 @@ def unit_gradients(
     assert geometry is not None, f"{segment.unit} has no geometry"
     if math.prod(geometry.kernel) == 1:
         chunks = multiply_factors(segment, inputs, output_gradients.unsqueeze(1), columns=segment.columns)
-        return torch.cat(list(chunks), dim=2)[:, 0]
+        return torch.cat([chunk() for chunk in chunks], dim=2)[:, 0]
     boxes = nonzero_boxes(output_gradients)
     points, windows = output_gradients, inputs
     if segment.kind == "transposed convolution":
@@ -208,8 +215,12 @@ def unit_gradients(
     )
 
 
-def _parts(whole: Float[Tensor, "slice class column"], columns: int) -> Iterator[Float[Tensor, "slice class part"]]:
-    return (whole[:, :, start:stop].to(wide(whole.dtype)) for start, stop in ranges(whole.shape[2], columns))
+def _parts(whole: Float[Tensor, "slice class column"], columns: int) -> list[Chunk]:
+    return [partial(_part, whole, start, stop) for start, stop in ranges(whole.shape[2], columns)]
+
+
+def _part(whole: Float[Tensor, "slice class column"], start: int, stop: int) -> Float[Tensor, "slice class part"]:
+    return whole[:, :, start:stop].to(wide(whole.dtype))
 
 
 def differentiate_bytes(layout: Layout, slices: int, *, itemsize: int = 4) -> int:
@@ -223,18 +234,21 @@ def differentiate_bytes(layout: Layout, slices: int, *, itemsize: int = 4) -> in
     return slices * row
 
 
-def expand_bytes(layout: Layout, slices: int, *, columns: int, stored_itemsize: int = 4) -> int:
-    """About how many bytes it takes to read the largest segment of some slices and to expand a chunk of it."""
+def expand_bytes(layout: Layout, slices: int, *, columns: int, stored_itemsize: int = 4, lanes: int = 1) -> int:
+    """About how many bytes it takes to read the largest segment of some slices and to expand chunks of it.
+
+    Chunks of ``columns`` columns in all, ``lanes`` of them at a time.
+    """
     widest = max((segment.length for segment in layout.segments), default=0)
     narrowest = max((_smallest_chunk(segment) for segment in layout.segments), default=0)
-    chunk = 2 * slices * layout.classes * max(columns, narrowest)
-    return slices * widest * (stored_itemsize + 4) + 4 * (chunk + _window_values(layout))
+    chunk = 2 * slices * layout.classes * max(columns, lanes * narrowest)
+    return slices * widest * (stored_itemsize + 4) + 4 * (chunk + lanes * _window_values(layout))
 
 
 def _smallest_chunk(segment: Segment) -> int:
     if segment.form == "gradient" or segment.geometry is None:
         return 1
-    return max(math.prod(shape) // shape[1] if len(shape) > 1 else 1 for shape in segment.shapes)
+    return segment.geometry.groups * math.prod(segment.geometry.kernel)
 
 
 def _window_values(layout: Layout) -> int:

@@ -24,6 +24,10 @@ LOCAL_POSITIONS = 12 * 12
 LOCAL_SHARE = 0.7
 """Share of all positions above which boxes are not worth cutting out."""
 
+SMALL_SLICE = 20480
+"""Values of a slice up to which PyTorch may convolve one slice alone by another algorithm than many. A slice goes alone
+then: rounding decides ReLUs and maxima that are all but tied, and must not depend on what else is in a batch."""
+
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 
@@ -93,7 +97,10 @@ class _Convolution(torch.autograd.Function):
         extra: Shape,
     ) -> Tensor:
         ctx.call = (weight, geometry, transposed, extra, tuple(values.shape))
-        return torch.convolution(values, weight, bias, *_moves(geometry, transposed, extra))
+        moves = _moves(geometry, transposed, extra)
+        if values[0].numel() > SMALL_SLICE:
+            return torch.convolution(values, weight, bias, *moves)
+        return torch.cat([torch.convolution(one, weight, bias, *moves) for one in values.split(1)])
 
     @staticmethod
     def backward(ctx: Any, output_gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -29,7 +29,7 @@ from ray_tracin.vocabulary import GradientShard, QuerySet, Tile, checkpoint_name
 
 READ_WORDS = 1 << 17
 """Words of a slice that a tile worker reads at a time, if a layer doesn't have more."""
-EXPANDED_VALUES = {"cpu": 1 << 22, "cuda": 1 << 29}
+EXPANDED_VALUES = {"cpu": 1 << 23, "cuda": 1 << 29}
 """Gradient values that a tile worker expands at a time, per side, by its device; more is no faster on a CPU."""
 LEAST_EXPANDED_VALUES = 1 << 16
 """The fewest that it expands at a time, where memory is short."""

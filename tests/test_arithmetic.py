@@ -1,9 +1,13 @@
+import os
+import platform
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
-from ray_tracin.arithmetic import arithmetic, multiply, shared_threads
+from ray_tracin.arithmetic import arithmetic, multiply, return_freed_memory, shared_threads
 
 ROWS = [(1, 1, 1), (7, 5, 33), (96, 130, 257)]
 
@@ -48,7 +52,7 @@ def test_a_product_is_the_same_bits_with_any_number_of_threads():
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize(("threads", "parts", "each"), [(4, 2, 2), (3, 2, 1), (1, 2, 1)])
+@pytest.mark.parametrize(("threads", "parts", "each"), [(4, 2, 2), (3, 2, 1), (2, 1, 2)])
 def test_parts_share_the_threads_of_whoever_starts_them(threads, parts, each):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -59,12 +63,49 @@ def test_parts_share_the_threads_of_whoever_starts_them(threads, parts, each):
         torch.ones(100_000).sum()
         return torch.get_num_threads()
 
-    with shared_threads(parts) as pool:
-        found = list(pool.map(count, range(parts)))
+    with shared_threads(parts) as run_each:
+        found = run_each(count, range(parts))
     after = torch.get_num_threads()
     torch.set_num_threads(before)
     assert found == [each] * parts
     assert after == threads
+
+
+def test_one_thread_does_parts_in_a_loop_and_one_call_needs_no_other_thread():
+    before = torch.get_num_threads()
+    here = threading.get_ident()
+    try:
+        for threads, calls in ((1, 3), (4, 1)):
+            torch.set_num_threads(threads)
+            with shared_threads(3) as run_each:
+                assert run_each(lambda _: threading.get_ident(), range(calls)) == [here] * calls
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_a_part_raises_arrives():
+    with shared_threads(2) as run_each, pytest.raises(ZeroDivisionError):
+        run_each(lambda value: 1 / value, [1, 0])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries can't be asked")
+def test_memory_that_a_thread_has_freed_is_returned():
+    def leave() -> torch.Tensor:
+        blocks = [torch.ones(1 << 14) for _ in range(2000)]
+        # The last one keeps all that lies below it from being returned.
+        return blocks[-1]
+
+    with ThreadPoolExecutor(1) as pool:
+        last = pool.submit(leave).result()
+    before = resident_bytes()
+    return_freed_memory()
+    assert before - resident_bytes() > 100 << 20
+    assert last.sum() == 1 << 14
+
+
+def resident_bytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize(("precision", "coarse"), [("float32", False), ("tf32", True), ("bfloat16", True)])

@@ -97,6 +97,24 @@ def test_panels_of_the_symmetric_kernel_hold_it_whole(deep, monkeypatch):
     assert torch.equal(kernel, kernel.permute(2, 3, 0, 1))
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_a_tile_is_the_same_bits_with_any_number_of_threads(deep, other):
+    layout, values, gradients = deep
+    train = reader(values[:3]) if other else None
+    before = torch.get_num_threads()
+    tiles = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        tiles.append(tile_kernel(layout, reader(values), train, chunk_values=500))
+    torch.set_num_threads(before)
+    shown = {key: value[:3] for key, value in gradients.items()} if other else gradients
+    expected = oracle.kernel(gradients, shown)
+    assert oracle.difference(tiles[0][0], expected) < 1e-5
+    for kernel, norm2 in tiles[1:]:
+        assert torch.equal(kernel, tiles[0][0])
+        assert torch.equal(norm2, tiles[0][1])
+
+
 def test_a_hand_worked_influence():
     # One pixel, one class, truth 1, logits (0, w·x + b). At w = 2, b = -2, x = 1.5 the logit is 1, P = σ(1) = 0.731059,
     # dD/dlogit = 2 / (P + 1)² · P (1 − P) = 0.131225; at x = 0.5 it is −1, P = 0.268941 and 0.244206. The gradient in

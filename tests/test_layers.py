@@ -1,3 +1,5 @@
+import math
+
 import networks
 import pytest
 import torch
@@ -57,7 +59,7 @@ def test_chunks_partition_the_columns(one, columns):
     # Every value of a region's gradient once, in whichever order: sorted, they are the same.
     torch.testing.assert_close(torch.cat(chunks, 2).sort(2).values, whole.sort(2).values, rtol=1e-4, atol=1e-5)
     assert whole.shape == (3, 2, one.columns)
-    smallest = 0 if one.form == "gradient" else one.sizes[0] // one.shapes[0][1]
+    smallest = 0 if one.form == "gradient" else one.geometry.groups * math.prod(one.geometry.kernel)
     assert all(chunk.shape[2] <= max(columns, smallest) for chunk in chunks)
 
 

@@ -159,3 +159,14 @@ def test_a_frozen_batch_normalisation_is_a_scale_and_a_shift():
     got, expected = (torch.autograd.grad(one, values, asked)[0] for one in (local, plain))
     torch.testing.assert_close(got, expected)
     assert type(local.grad_fn).__name__ == "AddcmulBackward0"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_small_slice_is_convolved_as_if_it_were_alone(transposed):
+    torch.manual_seed(0)
+    values, weight = torch.randn(5, 96, 8, 8), torch.randn(96, 96, 3, 3)
+    move = (transposed, (3, 3), (1, 1), (1, 1), (0, 0), (1, 1), 1, None)
+    with LocalBackward():
+        together = call(move, values, weight, None)
+    # Bit for bit: what is all but tied in the next ReLU must not depend on the other slices.
+    assert torch.equal(together, torch.cat([call(move, one, weight, None) for one in values.split(1)]))
