@@ -35,14 +35,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from ray_tracin.arithmetic import return_freed_memory
 from ray_tracin.config import ModelConfig
 from ray_tracin.gradients import RegionDifferentiator
-from ray_tracin.influence import tile_kernel
+from ray_tracin.influence import EXPANDED_VALUES, tile_kernel
 from ray_tracin.regions import region_scores
 from ray_tracin.rounding import RowFormat
 from ray_tracin.unet import HEAD, build_unet
 from ray_tracin.vocabulary import Precision, RowDtype, ranges
 
 CLASSES, MODALITIES = 3, 4
-CHUNK_VALUES = {"cpu": 1 << 23, "cuda": 1 << 29}
 CEILING_ROWS = {"cpu": 2048, "cuda": 8192}
 Problem = tuple[nn.Module, Tensor, Tensor, Tensor]
 
@@ -138,7 +137,7 @@ def engine(problem: Problem, batch: int = 16, dtype: RowDtype = "float32", preci
         batch_of = images[start:stop], labels[start:stop], masks[start:stop]
         rows[start:stop] = form.keep(differentiator.differentiate(*batch_of).values)
     return_freed_memory()
-    chunk = CHUNK_VALUES[images.device.type]
+    chunk = EXPANDED_VALUES[images.device.type]
     kernel, _ = tile_kernel(form.layout, partial(form.read, rows), None, chunk_values=chunk, precision=precision)
     return kernel
 

@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from ray_tracin.agreement import Agreement, measure_agreement
 from ray_tracin.attribution import differentiator
-from ray_tracin.influence import sum_checkpoints, tile_kernel, train_columns
+from ray_tracin.influence import EXPANDED_VALUES, sum_checkpoints, tile_kernel, train_columns
 from ray_tracin.layers import expand
 from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import Run, open_run
 from ray_tracin.vocabulary import Precision, RowDtype
 
-CHUNK_VALUES = 1 << 23
 SPEARMAN, OVERLAP = 0.999, 0.99
 """What a default precision has to keep: mean rank correlation, and overlap of the top 20."""
 TF32_DROPPED_BITS = 13
@@ -99,12 +98,12 @@ def kernel_by(way: Way, run: Run, epoch: int, batch: Batch) -> Tensor:
     form = RowFormat(engine.layout, way.rows)
     read = partial(form.read, torch.cat([form.keep(engine.differentiate(*part).values) for part in batches]))
     if way.emulated is None:
-        return tile_kernel(engine.layout, read, None, chunk_values=CHUNK_VALUES, precision=way.precision)[0]
+        return tile_kernel(engine.layout, read, None, chunk_values=EXPANDED_VALUES["cpu"], precision=way.precision)[0]
     classes = engine.layout.classes
     rows = len(batch[0]) * classes
     total = torch.zeros(rows, rows)
     for segment in engine.layout.segments:
-        for chunk in expand(segment, read(segment), classes, columns=max(1, CHUNK_VALUES // rows)):
+        for chunk in expand(segment, read(segment), classes, columns=max(1, EXPANDED_VALUES["cpu"] // rows)):
             operands = way.emulated(chunk.flatten(0, 1))
             total += operands @ operands.T
     blocks: Tensor = total.unflatten(1, (-1, classes)).unflatten(0, (-1, classes))

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ray_tracin.attribution import Differentiate
 from ray_tracin.gradients import RegionDifferentiator
-from ray_tracin.influence import tile_kernel
+from ray_tracin.influence import EXPANDED_VALUES, tile_kernel
 from ray_tracin.layers import Segment
 from ray_tracin.runs import Run, start_run
 from ray_tracin.runtime import RayExecutor, cluster
@@ -41,7 +41,6 @@ from ray_tracin.vocabulary import checkpoint_name
 
 CLASSES = 3
 BATCH = 8
-CHUNK_VALUES = 1 << 23
 MEBIBYTE = 1 << 20
 AGAIN = ("gradients", "tiles")
 """What is computed anew: the stages' receipts and arrays are left out of the copies."""
@@ -65,7 +64,7 @@ def measure_point(slices: int, width: int, size: int) -> Point:
     def read(segment: Segment) -> Tensor:
         return rows[:, segment.offset : segment.stop]
 
-    tile_kernel(engine.layout, read, None, chunk_values=CHUNK_VALUES)
+    tile_kernel(engine.layout, read, None, chunk_values=EXPANDED_VALUES["cpu"])
     return {
         "gradients": differentiated - started,
         "kernel": time.perf_counter() - differentiated,

@@ -59,18 +59,18 @@ def shared_threads(parts: int) -> Iterator[Each]:
         torch.get_num_threads()
         torch.set_num_threads(threads // workers)
 
-    with ThreadPoolExecutor(workers, initializer=begin) as pool:
+    try:
+        with ThreadPoolExecutor(workers, initializer=begin) as pool:
 
-        def each(function: Callable[..., Result], *arguments: Sequence[Any]) -> list[Result]:
-            if workers == 1 or len(arguments[0]) == 1:
-                return list(map(function, *arguments))
-            return list(pool.map(function, *arguments))
+            def each(function: Callable[..., Result], *arguments: Sequence[Any]) -> list[Result]:
+                if workers == 1 or len(arguments[0]) == 1:
+                    return list(map(function, *arguments))
+                return list(pool.map(function, *arguments))
 
-        try:
             yield each
-        finally:
-            # Threads that are started later take over the last number that was set.
-            torch.set_num_threads(threads)
+    finally:
+        # After the last of them has begun: threads that are started later take over the last number that was set.
+        torch.set_num_threads(threads)
 
 
 def return_freed_memory() -> None:

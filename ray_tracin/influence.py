@@ -24,6 +24,8 @@ PANELS = 8
 SMALLEST_PANEL = 96
 """Rows below which products lose speed."""
 
+EXPANDED_VALUES = {"cpu": 1 << 23, "cuda": 1 << 29}
+"""Gradient values of a side to expand at a time, by device, where memory is not short; more is no faster on a CPU."""
 LANES = 2
 """Parts of the chunks that a CPU's threads go through at the same time, at the most: a thread a product keeps two cores
 busier than products that are split between them."""

@@ -35,7 +35,7 @@ _TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transp
 class LocalBackward(TorchFunctionMode):
     """Inside, convolutions with frozen weights differentiate their inputs in the boxes that aren't zero.
 
-    Frozen batch normalisations become the scale and shift that they are.
+    Small slices are convolved alone; frozen batch normalisations become the scale and shift that they are.
     """
 
     def __torch_function__(

@@ -20,13 +20,13 @@ from ray_tracin.calibration import NOMINAL, Rates, calibrate
 from ray_tracin.config import RunConfig
 from ray_tracin.folders import find_cases
 from ray_tracin.gradients import RegionDifferentiator
-from ray_tracin.influence import tile_bytes
+from ray_tracin.influence import EXPANDED_VALUES, tile_bytes
 from ray_tracin.layers import Layout, differentiate_bytes
 from ray_tracin.presets import build_config, parse_yaml
 from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import Run, open_run
 from ray_tracin.store import IncompleteRunError, RunStore
-from ray_tracin.tiling import EXPANDED_VALUES, READ_WORDS
+from ray_tracin.tiling import READ_WORDS
 from ray_tracin.unet import HEAD, build_unet
 from ray_tracin.vocabulary import QuerySet, ranges
 

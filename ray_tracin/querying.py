@@ -31,6 +31,7 @@ from ray_tracin.indexing import (
     sketcher,
 )
 from ray_tracin.influence import (
+    EXPANDED_VALUES,
     SegmentReader,
     rank_influence,
     sum_checkpoints,
@@ -50,7 +51,6 @@ from ray_tracin.regions import (
 )
 from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import FINAL, Run, pick_device
-from ray_tracin.tiling import EXPANDED_VALUES
 from ray_tracin.vocabulary import checkpoint_name, ranges
 from ray_tracin.volumes import choose_slices, cut_slices, load_volume
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ray_tracin import store as paths
 from ray_tracin.attribution import ShardDifferentiator, differentiator, gradients_path
-from ray_tracin.influence import SegmentReader, tile_kernel
+from ray_tracin.influence import EXPANDED_VALUES, SegmentReader, tile_kernel
 from ray_tracin.layers import Layout, Segment
 from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import Run, pick_device
@@ -29,8 +29,6 @@ from ray_tracin.vocabulary import GradientShard, QuerySet, Tile, checkpoint_name
 
 READ_WORDS = 1 << 17
 """Words of a slice that a tile worker reads at a time, if a layer doesn't have more."""
-EXPANDED_VALUES = {"cpu": 1 << 23, "cuda": 1 << 29}
-"""Gradient values that a tile worker expands at a time, per side, by its device; more is no faster on a CPU."""
 LEAST_EXPANDED_VALUES = 1 << 16
 """The fewest that it expands at a time, where memory is short."""
 
