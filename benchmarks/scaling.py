@@ -204,7 +204,7 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread a process\n"
     )
-    width, slices, size = options.widths[1], options.slices[0], options.size
+    width, slices, size = options.widths[:2][-1], options.slices[0], options.size
     for line in grow([(count, width, size) for count in options.slices], 0, f"Rows, at {size}²"):
         print(line, flush=True)
     for line in grow([(slices, one, size) for one in options.widths], 1, f"Parameters, at {size}²"):
