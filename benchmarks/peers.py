@@ -115,7 +115,7 @@ def measure_all(options: argparse.Namespace) -> dict[str, Figures]:
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(options.rounds):
             for method in METHODS:
-                if _installed(method) is None or (method.slow and (turn or options.fast)):
+                if method.name not in options.methods or _installed(method) is None or (method.slow and turn):
                     continue
                 new = measure(method, options, Path(folder))
                 old = figures.get(method.name)
@@ -145,7 +145,7 @@ def compare(options: argparse.Namespace) -> str:
         "",
         "| method | version | seconds | ÷ engine | peak memory, MiB | relative difference | what it needed |",
         "|---|---|---|---|---|---|---|",
-        *(_line(method, figures) for method in METHODS),
+        *(_line(method, figures) for method in METHODS if method.name in options.methods),
     ]
     return "\n".join(lines)
 
@@ -171,16 +171,18 @@ def _line(method: Method, figures: dict[str, Figures]) -> str:
 
 def main() -> None:
     """Parse, compare, print."""
+    names = [method.name for method in METHODS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slices", type=int, default=24)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--fast", action="store_true", help="Leave out what takes minutes.")
-    parser.add_argument("--method", choices=[method.name for method in METHODS], help=argparse.SUPPRESS)
+    parser.add_argument("--methods", nargs="+", choices=names, default=names, help="the engine is always among them")
+    parser.add_argument("--method", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--kernel", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.methods = {"engine", *options.methods}
     if options.method:
         run_method(next(method for method in METHODS if method.name == options.method), options)
     else:

@@ -8,6 +8,8 @@ goes into the packed row at once.
 It doesn't know checkpoints, files or what gradients are multiplied with.
 """
 
+import math
+import sys
 from collections.abc import Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -47,6 +49,9 @@ instance normalisation) hold nothing but rounding."""
 SHARES = 4
 """Shares of a batch that go through the network at the same time, at the most, where threads allow: two passes keep two
 CPU cores busier than one whose small layers are split between them."""
+PASS_BYTES = 400 << 20
+"""Activations of the slices that go through the network together on a CPU, unless one has more: of more slices at once,
+single tensors outgrow what the C library keeps for the next one (32 MiB), and the system clears each of them anew."""
 
 
 class NonFiniteGradientError(ValueError):
@@ -185,8 +190,9 @@ class RegionDifferentiator:
             return torch.cat(each(self._share, twins, *zip(*shares, strict=True)))
 
     def _share(self, model: nn.Module, *batch: Tensor) -> Float[Tensor, "slice class"]:
-        step = len(batch[0]) if self._batched else 1
-        parts = [[tensor[start:stop] for tensor in batch] for start, stop in ranges(len(batch[0]), step)]
+        count = len(batch[0])
+        together = min(count, _together(self.layout, self._like.device.type)) if self._batched else 1
+        parts = [[tensor[start:stop] for tensor in batch] for start, stop in ranges(count, together)]
         return torch.cat([self._batch(model, *part) for part in parts])
 
     def _batch(
@@ -272,6 +278,24 @@ class RegionDifferentiator:
         return {
             name: _relative(got[name] - values, values.norm(dim=1).maximum(noise)) for name, values in expected.items()
         }
+
+
+def differentiate_bytes(layout: Layout, slices: int, *, threads: int = 1, device: str = "cpu") -> int:
+    """About how many bytes it takes to differentiate a batch of slices, the network's weights left out.
+
+    Packed rows; and for the slices that are in the network at the same time, on so many CPU threads, what the backward
+    pass keeps, the units' inputs, and twice the largest factors, on their way.
+    """
+    passes = min(threads, SHARES) if device == "cpu" else 1
+    inside = min(slices, passes * _together(layout, device))
+    widest = max((math.prod(s.input_shape) + math.prod(s.output_shape) for s in layout.segments), default=0)
+    inputs = sum(math.prod(s.input_shape) for s in layout.segments if s.form == "gradient")
+    return 4 * (slices * layout.values + inside * (inputs + 2 * widest)) + inside * layout.activation_bytes
+
+
+def _together(layout: Layout, device: str) -> int:
+    """Slices that may go through the network together."""
+    return max(1, PASS_BYTES // max(1, layout.activation_bytes)) if device == "cpu" else sys.maxsize
 
 
 class _Passes:

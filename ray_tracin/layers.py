@@ -223,17 +223,6 @@ def _part(whole: Float[Tensor, "slice class column"], start: int, stop: int) -> 
     return whole[:, :, start:stop].to(wide(whole.dtype))
 
 
-def differentiate_bytes(layout: Layout, slices: int, *, itemsize: int = 4) -> int:
-    """About how many bytes it takes to differentiate a batch of slices, the network's weights left out.
-
-    Packed rows, what the backward pass keeps, the units' inputs, and twice the largest factors, on their way.
-    """
-    widest = max((math.prod(s.input_shape) + math.prod(s.output_shape) for s in layout.segments), default=0)
-    inputs = sum(math.prod(s.input_shape) for s in layout.segments if s.form == "gradient")
-    row = itemsize * (layout.values + inputs + 2 * widest) + layout.activation_bytes
-    return slices * row
-
-
 def expand_bytes(layout: Layout, slices: int, *, columns: int, stored_itemsize: int = 4, lanes: int = 1) -> int:
     """About how many bytes it takes to read the largest segment of some slices and to expand chunks of it.
 

@@ -19,9 +19,9 @@ from ray_tracin import store as paths
 from ray_tracin.calibration import NOMINAL, Rates, calibrate
 from ray_tracin.config import RunConfig
 from ray_tracin.folders import find_cases
-from ray_tracin.gradients import RegionDifferentiator
+from ray_tracin.gradients import RegionDifferentiator, differentiate_bytes
 from ray_tracin.influence import EXPANDED_VALUES, tile_bytes
-from ray_tracin.layers import Layout, differentiate_bytes
+from ray_tracin.layers import Layout
 from ray_tracin.presets import build_config, parse_yaml
 from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import Run, open_run
@@ -126,11 +126,15 @@ class Plan:
         return PROCESS_BYTES + CLOUD_BYTES * self.in_cloud
 
     @property
+    def _batch_bytes(self) -> int:
+        resources = self.config.resources
+        return differentiate_bytes(self.layout, resources.batch_slices, threads=resources.threads, device=self.device)
+
+    @property
     def gradient_worker_bytes(self) -> int:
         """Memory of a worker that makes gradient shards: network and copies, a batch, a shard and its encoding."""
-        batch = differentiate_bytes(self.layout, self.config.resources.batch_slices)
         shard = self.config.gradients.shard_slices * (8 * self.layout.values + 2 * self._rows.row_bytes)
-        return self._process_bytes + 3 * 4 * self.parameters + batch + shard
+        return self._process_bytes + 3 * 4 * self.parameters + self._batch_bytes + shard
 
     @cached_property
     def fused_slices(self) -> int:
@@ -188,8 +192,7 @@ class Plan:
         """Memory of a worker that makes tiles from rows that it makes: network, a batch, two blocks, a tile."""
         queries, train = self._sides
         rows = (queries + train + self.config.gradients.shard_slices) * self._rows.row_bytes
-        batch = differentiate_bytes(self.layout, self.config.resources.batch_slices)
-        return self._process_bytes + 3 * 4 * self.parameters + batch + rows + self._tile_bytes
+        return self._process_bytes + 3 * 4 * self.parameters + self._batch_bytes + rows + self._tile_bytes
 
     @property
     def stored_tile_bytes(self) -> int:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from monai.networks.nets import BasicUNet
 from torch import nn
 
-from ray_tracin.gradients import NonFiniteGradientError, RegionDifferentiator
+from ray_tracin import gradients
+from ray_tracin.gradients import NonFiniteGradientError, RegionDifferentiator, differentiate_bytes
 from ray_tracin.influence import tile_kernel
 from ray_tracin.layers import parameter_gradients
 from ray_tracin.regions import whole_slices
@@ -422,6 +423,48 @@ def test_a_layout_can_be_planned_without_memory():
         planned = differentiator(unet(), torch.zeros(1, 2, 8, 8)).layout
     assert planned.segments == layout.segments
     assert 0 < planned.activation_bytes <= 2 * layout.activation_bytes
+
+
+class Counted(nn.Module):
+    """Remembers how many slices went through it together."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(2, 4, 3, padding=1)
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        together.append(len(x))
+        return self.head(self.body(x).relu())
+
+
+together: list[int] = []
+
+
+def test_no_more_slices_go_through_a_network_together_than_its_activations_allow(monkeypatch, threads):
+    images, labels, masks = networks.batch(slices=10)
+    engine = differentiator(networks.seeded(Counted), images)
+    together.clear()
+    whole = engine.differentiate(images, labels, masks).values
+    assert together == [10 // threads] * threads
+    for slices in (2, 1, 0):
+        monkeypatch.setattr(gradients, "PASS_BYTES", slices * engine.layout.activation_bytes)
+        together.clear()
+        parts = engine.differentiate(images, labels, masks).values
+        assert sum(together) == 10
+        assert max(together) == max(1, slices)
+        torch.testing.assert_close(parts, whole)
+
+
+def test_the_estimate_holds_the_rows_and_what_is_in_the_network_together(monkeypatch):
+    layout = differentiator(unet(), networks.batch()[0]).layout
+    one, two, ten = (differentiate_bytes(layout, slices) for slices in (1, 2, 10))
+    assert one > 4 * layout.values + layout.activation_bytes > 4 * layout.values
+    assert (two, ten) == (2 * one, 10 * one)
+    monkeypatch.setattr(gradients, "PASS_BYTES", 2 * layout.activation_bytes)
+    assert differentiate_bytes(layout, 10) == two + 8 * 4 * layout.values
+    assert differentiate_bytes(layout, 10, threads=2) == 4 * one + 6 * 4 * layout.values
+    assert differentiate_bytes(layout, 10, threads=2, device="cuda") == ten
 
 
 class Watched(nn.Module):

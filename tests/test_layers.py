@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ray_tracin import correlation
 from ray_tracin.correlation import Geometry
 from ray_tracin.gradients import RegionDifferentiator
-from ray_tracin.layers import Layout, Segment, differentiate_bytes, expand, parameter_gradients
+from ray_tracin.layers import Layout, Segment, expand, parameter_gradients
 
 
 def segment(**changed):
@@ -156,11 +156,3 @@ def test_segments_partition_the_row():
             factors = torch.Size(one.input_shape).numel() + 2 * torch.Size(one.output_shape).numel()
             assert one.length == min(factors, 2 * one.columns)
     assert {one.form for one in segments} == {"factors", "gradient"}
-
-
-def test_the_estimate_grows_with_the_batch_and_holds_the_rows():
-    build, size = networks.NETWORKS["deep"]
-    layout = RegionDifferentiator(networks.seeded(build), head="head", example=torch.zeros(2, *size), classes=2).layout
-    one, ten = differentiate_bytes(layout, 1), differentiate_bytes(layout, 10)
-    assert ten == 10 * one
-    assert one > 4 * layout.values + layout.activation_bytes > 4 * layout.values
