@@ -240,7 +240,7 @@ class ResourcesConfig(Section):
     training_threads: PositiveInt = speed_only(2)
     """CPU threads of the training task."""
     batch_slices: PositiveInt = speed_only(8)
-    """Slices that are differentiated at once; on a CPU fewer are in the network together where activations are large."""
+    """Slices that are differentiated at once; on a CPU fewer go through the network together if they are large."""
     memory_per_worker: Positive = speed_only(4.0)
     """GiB that one worker may use; the plan refuses what would need more."""
     gpu_memory: Positive = speed_only(16.0)
