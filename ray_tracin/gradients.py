@@ -49,9 +49,9 @@ instance normalisation) hold nothing but rounding."""
 SHARES = 4
 """Shares of a batch that go through the network at the same time, at the most, where threads allow: two passes keep two
 CPU cores busier than one whose small layers are split between them."""
-PASS_BYTES = 400 << 20
-"""Activations of the slices that go through the network together on a CPU, unless one has more: of more slices at once,
-single tensors outgrow what the C library keeps for the next one (32 MiB), and the system clears each of them anew."""
+PASS_BYTES = 200 << 20
+"""Activations of the slices that go through the network together on a CPU, unless one has more. More at once are no
+faster, and slower where single tensors outgrow what the C library keeps for the next (32 MiB): each is cleared anew."""
 
 
 class NonFiniteGradientError(ValueError):
