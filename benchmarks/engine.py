@@ -2,11 +2,11 @@
 
     python benchmarks/engine.py --slices 96 --width 16 --size 96 --rounds 3
 
-Runs with torch and numpy, without a cluster. Every method runs in a process of its own, so that its peak memory is its
-own; methods take turns within a round. The kernels are compared, and the difference is printed beside the times.
-``naive`` is a forward and a backward a region; ``shared forward`` one forward a slice and a backward a class; both keep
-all gradients as rows and multiply them once. ``engine`` differentiates in batches, keeps packed rows, and expands them
-a layer at a time.
+Runs without Ray, Zarr and NiBabel: torch, numpy, pydantic and jaxtyping are enough. Every method runs in a process of
+its own, so that its peak memory is its own; methods take turns within a round. The kernels are compared, and the
+difference is printed beside the times. ``naive`` is a forward and a backward a region; ``shared forward`` one forward a
+slice and a backward a class; both keep all gradients as rows and multiply them once. ``engine`` differentiates in
+batches, keeps packed rows, and expands them a layer at a time.
 
 Operations are counted as if nothing were zero: a forward a slice, a backward of activations and the products of the
 weights a region, half of the symmetric kernel. The ceiling is PyTorch's float32 matrix product in the same run; a share
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ray_tracin.arithmetic import return_freed_memory
+from ray_tracin.arithmetic import arithmetic, multiply, return_freed_memory
 from ray_tracin.config import ModelConfig
 from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.influence import EXPANDED_VALUES, tile_kernel
@@ -171,27 +171,31 @@ def run_method(options: argparse.Namespace) -> None:
     network, images, labels, masks = make_problem(options.slices, options.width, options.size)
     problem = network.to(device), images.to(device), labels.to(device), masks.to(device)
     ceiling = matmul_rate(device)
-    before = _peak(device)
+    before = peak_bytes(device)
     started = time.perf_counter()
     kernel = METHODS[options.method](problem, options.batch).cpu()
     seconds = time.perf_counter() - started
     np.save(options.kernel, kernel.double().numpy())
-    print(json.dumps({"seconds": seconds, "peak": _peak(device) - before, "ceiling": ceiling}))
+    print(json.dumps({"seconds": seconds, "peak": peak_bytes(device) - before, "ceiling": ceiling}))
 
 
-def matmul_rate(device: torch.device) -> float:
-    """Operations a second of PyTorch's float32 product of square matrices; the best of five."""
+def matmul_rate(device: torch.device, precision: Precision = "float32") -> float:
+    """Operations a second of PyTorch's product of square matrices, of operands of a precision; the best of five."""
     side = CEILING_ROWS[device.type]
     matrix = torch.randn(side, side, device=device)
+    if precision == "bfloat16":
+        matrix = matrix.bfloat16()
     spent = []
-    for _ in range(5):
-        started = time.perf_counter()
-        float((matrix @ matrix)[0, 0])
-        spent.append(time.perf_counter() - started)
+    with arithmetic(precision):
+        for _ in range(5):
+            started = time.perf_counter()
+            float(multiply(matrix, matrix, precision)[0, 0])
+            spent.append(time.perf_counter() - started)
     return 2 * side**3 / min(spent)
 
 
-def _peak(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that was in use so far: of a GPU what tensors took, else the resident size of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -223,7 +227,7 @@ def compare(options: argparse.Namespace) -> str:
     ceiling = statistics.median(figure["ceiling"] for measured in figures.values() for figure in measured)
     lines = [
         f"{options.slices} slices × {CLASSES} classes, UNet of width {options.width} at {options.size}² "
-        f"({columns:,} parameters), batches of {options.batch}, {_machine(options)}, median of {options.rounds}. "
+        f"({columns:,} parameters), batches of {options.batch}, {machine(options)}, median of {options.rounds}. "
         f"{flops / 1e12:.2f} TFLOP; float32 matrix product {ceiling / 1e9:,.0f} GFLOP/s; dense rows "
         f"{dense / 2**20:,.0f} MiB.",
         "",
@@ -235,7 +239,8 @@ def compare(options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _machine(options: argparse.Namespace) -> str:
+def machine(options: argparse.Namespace) -> str:
+    """What was measured on, in words."""
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} CPU threads"
     return f"{where}, torch {torch.__version__}, Python {platform.python_version()}"
 

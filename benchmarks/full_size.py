@@ -1,0 +1,206 @@
+"""The paper's tensor on one device: from slices in host memory to the sum over checkpoints, timed and checked.
+
+    python benchmarks/full_size.py --device cuda --dtype bfloat16 --precision bfloat16
+    python benchmarks/full_size.py --slices 48 --width 8 --size 96 --checkpoints 2
+
+The defaults are the paper's numbers: 2070 train slices of 192², width 64, five checkpoints, three classes. Slices and
+lesions are random, and so are the weights of the networks, as in ``benchmarks/engine.py``; it needs no more than that.
+
+Without ``--block`` the packed rows of all slices lie on the device (78 GB in bfloat16 at the paper's size). With it,
+those of two blocks of slices do, and a block is differentiated again for every other one that it meets.
+
+The floor is the time of the same operations, zeros counted, at the rate of the device's own matrix product in the same
+precision. The check takes some slices at random: the entries of their regions, by plain autograd in float64.
+"""
+
+import argparse
+import copy
+import resource
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from engine import CLASSES, Problem, in_float64, machine, make_problem, matmul_rate, operations, peak_bytes
+from torch import Tensor, nn
+
+from ray_tracin.arithmetic import return_freed_memory
+from ray_tracin.gradients import RegionDifferentiator
+from ray_tracin.influence import EXPANDED_VALUES, sum_checkpoints, tile_kernel, train_columns
+from ray_tracin.rounding import RowFormat
+from ray_tracin.unet import HEAD
+from ray_tracin.vocabulary import ranges
+
+LEARNING_RATE = 1e-3
+"""Of the first checkpoint; half of it at each further one."""
+
+
+class Timer:
+    """Seconds by the name of what took them, the device's own work waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Adds the time since the last lap."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def checkpoints(network: nn.Module, count: int) -> list[nn.Module]:
+    """Networks around the first: as checkpoints of a training differ, a step of noise after the other."""
+    generator = torch.Generator().manual_seed(1)
+    found = [network]
+    for _ in range(count - 1):
+        moved = copy.deepcopy(found[-1])
+        with torch.no_grad():
+            for parameter in moved.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise, alpha=0.05 * float(parameter.std(correction=0)))
+        found.append(moved)
+    return found
+
+
+class Rows:
+    """Makes the packed rows of slices, on the device, from a network and slices in host memory."""
+
+    def __init__(self, problem: Problem, options: argparse.Namespace) -> None:
+        network, self._images, self._labels, self._masks = problem
+        self._device = torch.device(options.device)
+        self._batch = options.batch
+        self._engine = RegionDifferentiator(
+            copy.deepcopy(network).to(self._device),
+            head=HEAD,
+            parameters="all",
+            example=self._images[0].to(self._device),
+            classes=CLASSES,
+            precision=options.precision,
+        )
+        self.form = RowFormat(self._engine.layout, options.dtype)
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """The rows of a range of slices, as they are kept."""
+        rows = self.form.room(stop - start, self._device)
+        for first, last in ranges(stop - start, self._batch):
+            some = slice(start + first, start + last)
+            batch = (part[some].to(self._device) for part in (self._images, self._labels, self._masks))
+            rows[first:last] = self.form.keep(self._engine.differentiate(*batch).values)
+        return_freed_memory()
+        return rows
+
+
+def kernel_of(problem: Problem, options: argparse.Namespace, timer: Timer) -> Tensor:
+    """The kernel of a checkpoint: (class, query, class, train), in host memory."""
+    count = options.slices
+    make = Rows(problem, options)
+    kernel = torch.empty(CLASSES, count, CLASSES, count)
+    chunk = EXPANDED_VALUES[torch.device(options.device).type]
+    multiply = partial(tile_kernel, make.form.layout, chunk_values=chunk, precision=options.precision)
+    timer.lap("networks")
+    for (start, stop), others in _blocks(count, options.block or count):
+        rows = make(start, stop)
+        timer.lap("gradients")
+        kernel[:, start:stop, :, start:stop] = multiply(partial(make.form.read, rows), None)[0].cpu()
+        timer.lap("products")
+        for first, last in others:
+            other = make(first, last)
+            timer.lap("gradients")
+            tile = multiply(partial(make.form.read, rows), partial(make.form.read, other))[0].cpu()
+            kernel[:, start:stop, :, first:last] = tile
+            kernel[:, first:last, :, start:stop] = tile.permute(2, 3, 0, 1)
+            del other
+            timer.lap("products")
+        del rows
+    return kernel
+
+
+def _blocks(count: int, size: int) -> Iterator[tuple[tuple[int, int], list[tuple[int, int]]]]:
+    """Each block of slices, and those after it."""
+    blocks = ranges(count, size)
+    return ((block, blocks[number + 1 :]) for number, block in enumerate(blocks))
+
+
+def difference(tensor: Tensor, problems: list[Problem], rates: Tensor, options: argparse.Namespace) -> float:
+    """Relative difference, in the Frobenius norm, of the entries of some slices from plain autograd's in float64."""
+    chosen = torch.randperm(options.slices, generator=torch.Generator().manual_seed(2))[: options.checked]
+    device = torch.device(options.device)
+    kernels = []
+    for network, *parts in problems:
+        images, labels, masks = (part[chosen].to(device) for part in parts)
+        kernels.append(train_columns(in_float64((network.to(device), images, labels, masks)).cpu()))
+    expected = sum(rate * kernel.double() for rate, kernel in zip(rates.tolist(), kernels, strict=True))
+    assert isinstance(expected, Tensor)
+    got = tensor.unflatten(2, (CLASSES, -1))[:, chosen][..., chosen].flatten(2)
+    return float((got - expected).norm() / expected.norm())
+
+
+def compute(problems: list[Problem], rates: Tensor, options: argparse.Namespace, timer: Timer) -> Tensor:
+    """The tensor of eq. 6 from networks and slices in host memory: (class, query, column)."""
+    kernels = torch.stack([train_columns(kernel_of(problem, options, timer)) for problem in problems])
+    tensor = sum_checkpoints(kernels, rates)
+    timer.lap("sum over checkpoints")
+    return tensor
+
+
+def report(options: argparse.Namespace) -> str:
+    """The figures as a table."""
+    device = torch.device(options.device)
+    torch.set_num_threads(options.threads)
+    network, *parts = make_problem(options.slices, options.width, options.size)
+    problems: list[Problem] = [(one, parts[0], parts[1], parts[2]) for one in checkpoints(network, options.checkpoints)]
+    rates = LEARNING_RATE * 0.5 ** torch.arange(options.checkpoints)
+    rate = matmul_rate(device, options.precision)
+    before = peak_bytes(device)
+    timer = Timer(device)
+    tensor = compute(problems, rates, options, timer)
+    peak = peak_bytes(device) - before
+    seconds = sum(timer.seconds.values())
+    flops, columns = operations(options)
+    floor = options.checkpoints * flops / rate
+    rows = [
+        ("tensor", " × ".join(map(str, tensor.shape))),
+        ("seconds, slices in host memory to tensor", f"{seconds:.2f}"),
+        *((f"of these, {name}", f"{spent:.2f}") for name, spent in timer.seconds.items()),
+        ("PFLOP, zeros counted", f"{options.checkpoints * flops / 1e15:.3g}"),
+        (f"matrix product in {options.precision}, TFLOP/s", f"{rate / 1e12:.3g}"),
+        ("seconds at that rate (the floor)", f"{floor:.2f}"),
+        ("floor ÷ seconds", f"{floor / seconds:.0%}"),
+        ("peak memory of the device, GB", f"{peak / 1e9:.2f}"),
+        ("peak memory of the host, GB", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f}"),
+        (
+            f"relative difference from float64, {options.checked} slices at random",
+            f"{difference(tensor, problems, rates, options):.1e}",
+        ),
+    ]
+    head = (
+        f"{options.slices} slices × {CLASSES} classes × {columns:,} parameters × {options.checkpoints} checkpoints, "
+        f"{options.size}², {options.dtype} rows, {options.precision} operands, batches of {options.batch}, "
+        f"{'one block' if not options.block else f'blocks of {options.block}'}; {machine(options)}"
+    )
+    return "\n".join([head, "", "| what | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def main() -> None:
+    """Parse, compute, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slices", type=int, default=2070)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--size", type=int, default=192)
+    parser.add_argument("--checkpoints", type=int, default=5)
+    parser.add_argument("--block", type=int, default=0, help="slices whose rows are made together; 0: all of them")
+    parser.add_argument("--batch", type=int, default=16, help="slices that are differentiated at once")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of kept rows")
+    parser.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--checked", type=int, default=6, help="slices whose entries are compared with float64")
+    print(report(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import engine
+import full_size
+
+SIZES = {"slices": 5, "width": 4, "size": 32, "checkpoints": 2, "block": 0, "batch": 2, "checked": 3}
+OPTIONS = Namespace(**SIZES, dtype="float32", precision="float32", device="cpu")
+
+
+@pytest.fixture
+def problems():
+    network, *parts = engine.make_problem(OPTIONS.slices, OPTIONS.width, OPTIONS.size)
+    return [(one, *parts) for one in full_size.checkpoints(network, OPTIONS.checkpoints)]
+
+
+@pytest.mark.parametrize("changed", [{}, {"block": 2}, {"block": 3, "dtype": "bfloat16", "precision": "bfloat16"}])
+def test_the_full_size_is_the_tensor_in_one_block_and_in_several(problems, changed):
+    options = Namespace(**{**vars(OPTIONS), **changed})
+    rates = torch.tensor([0.1, 0.03])
+    timer = full_size.Timer(torch.device("cpu"))
+    tensor = full_size.compute(problems, rates, options, timer)
+    kernels = torch.stack([engine.in_float64(problem).flatten(2) for problem in problems])
+    expected = torch.einsum("t,t...->...", rates.double(), kernels)
+    largest = 1e-5 if options.dtype == "float32" else 2e-3
+    assert (tensor - expected).norm() < largest * expected.norm()
+    assert full_size.difference(tensor, problems, rates, options) < 2 * largest
+    assert full_size.difference(2 * tensor, problems, rates, options) == pytest.approx(1, rel=1e-2)
+    assert set(timer.seconds) == {"networks", "gradients", "products", "sum over checkpoints"}
+
+
+def test_operations_are_those_of_the_passes_and_of_half_the_kernel():
+    flops, columns = engine.operations(Namespace(slices=1, width=4, size=32))
+    network = engine.make_problem(1, 4, 32)[0]
+    assert columns == sum(parameter.numel() for parameter in network.parameters())
+    assert engine.operations(Namespace(slices=10, width=4, size=32))[0] == 10 * (flops - 9 * columns) + 900 * columns
