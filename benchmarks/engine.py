@@ -2,11 +2,11 @@
 
     python benchmarks/engine.py --slices 96 --width 16 --size 96 --rounds 3
 
-Runs without Ray, Zarr and NiBabel: torch, numpy, pydantic and jaxtyping are enough. Every method runs in a process of
-its own, so that its peak memory is its own; methods take turns within a round. The kernels are compared, and the
-difference is printed beside the times. ``naive`` is a forward and a backward a region; ``shared forward`` one forward a
-slice and a backward a class; both keep all gradients as rows and multiply them once. ``engine`` differentiates in
-batches, keeps packed rows, and expands them a layer at a time.
+Runs without Ray, Zarr and NiBabel, where torch, numpy, pydantic, PyYAML and jaxtyping are. Every method runs in a
+process of its own, so that its peak memory is its own; methods take turns within a round. The kernels are compared,
+and the difference is printed beside the times. ``naive`` is a forward and a backward a region; ``shared forward`` one
+forward a slice and a backward a class; both keep all gradients as rows and multiply them once. ``engine``
+differentiates in batches, keeps packed rows, and expands them a layer at a time.
 
 Operations are counted as if nothing were zero: a forward a slice, a backward of activations and the products of the
 weights a region, half of the symmetric kernel. The ceiling is PyTorch's float32 matrix product in the same run; a share
