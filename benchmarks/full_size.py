@@ -155,10 +155,9 @@ def report(options: argparse.Namespace) -> str:
     problems: list[Problem] = [(one, parts[0], parts[1], parts[2]) for one in checkpoints(network, options.checkpoints)]
     rates = LEARNING_RATE * 0.5 ** torch.arange(options.checkpoints)
     rate = matmul_rate(device, options.precision)
-    before = peak_bytes(device)
     timer = Timer(device)
     tensor = compute(problems, rates, options, timer)
-    peak = peak_bytes(device) - before
+    peak = peak_bytes(device)
     seconds = sum(timer.seconds.values())
     flops, columns = operations(options)
     floor = options.checkpoints * flops / rate
