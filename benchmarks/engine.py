@@ -125,21 +125,41 @@ def _gram(rows: Tensor) -> Tensor:
     return total.reshape(len(rows) // CLASSES, CLASSES, -1, CLASSES).permute(1, 0, 3, 2)
 
 
+class Rows:
+    """Makes the packed rows of a problem's slices on the device of its network, wherever the slices are."""
+
+    def __init__(self, problem: Problem, batch: int, dtype: RowDtype, precision: Precision) -> None:
+        network, self._images, self._labels, self._masks = problem
+        self.device = next(network.parameters()).device
+        self._batch = batch
+        self._differentiator = RegionDifferentiator(
+            network,
+            head=HEAD,
+            parameters="all",
+            example=self._images[0].to(self.device),
+            classes=CLASSES,
+            precision=precision,
+        )
+        self.form = RowFormat(self._differentiator.layout, dtype)
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """The rows of a range of slices, as they are kept."""
+        rows = self.form.room(stop - start, self.device)
+        for first, last in ranges(stop - start, self._batch):
+            some = slice(start + first, start + last)
+            batch = (part[some].to(self.device) for part in (self._images, self._labels, self._masks))
+            rows[first:last] = self.form.keep(self._differentiator.differentiate(*batch).values)
+        return_freed_memory()
+        return rows
+
+
 def engine(problem: Problem, batch: int = 16, dtype: RowDtype = "float32", precision: Precision = "float32") -> Tensor:
     """Packed rows in batches, then the kernel a layer at a time."""
-    network, images, labels, masks = problem
-    differentiator = RegionDifferentiator(
-        network, head=HEAD, parameters="all", example=images[0], classes=CLASSES, precision=precision
-    )
-    form = RowFormat(differentiator.layout, dtype)
-    rows = form.room(len(images), images.device)
-    for start, stop in ranges(len(images), batch):
-        batch_of = images[start:stop], labels[start:stop], masks[start:stop]
-        rows[start:stop] = form.keep(differentiator.differentiate(*batch_of).values)
-    return_freed_memory()
-    chunk = EXPANDED_VALUES[images.device.type]
-    kernel, _ = tile_kernel(form.layout, partial(form.read, rows), None, chunk_values=chunk, precision=precision)
-    return kernel
+    make = Rows(problem, batch, dtype, precision)
+    rows = make(0, len(problem[1]))
+    chunk = EXPANDED_VALUES[make.device.type]
+    read = partial(make.form.read, rows)
+    return tile_kernel(make.form.layout, read, None, chunk_values=chunk, precision=precision)[0]
 
 
 Method = Callable[[Problem, int], Tensor]

@@ -15,20 +15,15 @@ precision. The check takes some slices at random: the entries of their regions, 
 
 import argparse
 import copy
-import resource
 import time
 from collections.abc import Iterator
 from functools import partial
 
 import torch
-from engine import CLASSES, Problem, in_float64, machine, make_problem, matmul_rate, operations, peak_bytes
+from engine import CLASSES, Problem, Rows, in_float64, machine, make_problem, matmul_rate, operations, peak_bytes
 from torch import Tensor, nn
 
-from ray_tracin.arithmetic import return_freed_memory
-from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.influence import EXPANDED_VALUES, sum_checkpoints, tile_kernel, train_columns
-from ray_tracin.rounding import RowFormat
-from ray_tracin.unet import HEAD
 from ray_tracin.vocabulary import ranges
 
 LEARNING_RATE = 1e-3
@@ -66,40 +61,14 @@ def checkpoints(network: nn.Module, count: int) -> list[nn.Module]:
     return found
 
 
-class Rows:
-    """Makes the packed rows of slices, on the device, from a network and slices in host memory."""
-
-    def __init__(self, problem: Problem, options: argparse.Namespace) -> None:
-        network, self._images, self._labels, self._masks = problem
-        self._device = torch.device(options.device)
-        self._batch = options.batch
-        self._engine = RegionDifferentiator(
-            copy.deepcopy(network).to(self._device),
-            head=HEAD,
-            parameters="all",
-            example=self._images[0].to(self._device),
-            classes=CLASSES,
-            precision=options.precision,
-        )
-        self.form = RowFormat(self._engine.layout, options.dtype)
-
-    def __call__(self, start: int, stop: int) -> Tensor:
-        """The rows of a range of slices, as they are kept."""
-        rows = self.form.room(stop - start, self._device)
-        for first, last in ranges(stop - start, self._batch):
-            some = slice(start + first, start + last)
-            batch = (part[some].to(self._device) for part in (self._images, self._labels, self._masks))
-            rows[first:last] = self.form.keep(self._engine.differentiate(*batch).values)
-        return_freed_memory()
-        return rows
-
-
 def kernel_of(problem: Problem, options: argparse.Namespace, timer: Timer) -> Tensor:
     """The kernel of a checkpoint: (class, query, class, train), in host memory."""
     count = options.slices
-    make = Rows(problem, options)
+    network, *slices = problem
+    on_device = copy.deepcopy(network).to(options.device), slices[0], slices[1], slices[2]
+    make = Rows(on_device, options.batch, options.dtype, options.precision)
     kernel = torch.empty(CLASSES, count, CLASSES, count)
-    chunk = EXPANDED_VALUES[torch.device(options.device).type]
+    chunk = EXPANDED_VALUES[make.device.type]
     multiply = partial(tile_kernel, make.form.layout, chunk_values=chunk, precision=options.precision)
     timer.lap("networks")
     for (start, stop), others in _blocks(count, options.block or count):
@@ -157,7 +126,7 @@ def report(options: argparse.Namespace) -> str:
     rate = matmul_rate(device, options.precision)
     timer = Timer(device)
     tensor = compute(problems, rates, options, timer)
-    peak = peak_bytes(device)
+    peak, host = peak_bytes(device), peak_bytes(torch.device("cpu"))
     seconds = sum(timer.seconds.values())
     flops, columns = operations(options)
     floor = options.checkpoints * flops / rate
@@ -170,7 +139,7 @@ def report(options: argparse.Namespace) -> str:
         ("seconds at that rate (the floor)", f"{floor:.2f}"),
         ("floor ÷ seconds", f"{floor / seconds:.0%}"),
         ("peak memory of the device, GB", f"{peak / 1e9:.2f}"),
-        ("peak memory of the host, GB", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f}"),
+        ("peak memory of the host, GB", f"{host / 1e9:.2f}"),
         (
             f"relative difference from float64, {options.checked} slices at random",
             f"{difference(tensor, problems, rates, options):.1e}",

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import make_problem
+from engine import make_problem, peak_bytes
 from torch import Tensor
 
 from ray_tracin.attribution import Differentiate
@@ -52,7 +51,7 @@ def measure_point(slices: int, width: int, size: int) -> Point:
     """Seconds of gradients and of their kernel, and what they add to the peak memory of this process."""
     torch.set_num_threads(1)
     network, images, labels, masks = make_problem(slices, width, size)
-    before = _peak()
+    before = peak_bytes(torch.device("cpu"))
     engine = RegionDifferentiator(network, head=HEAD, parameters="all", example=images[0], classes=CLASSES)
     started = time.perf_counter()
     batches = zip(images.split(BATCH), labels.split(BATCH), masks.split(BATCH), strict=True)
@@ -68,13 +67,9 @@ def measure_point(slices: int, width: int, size: int) -> Point:
     return {
         "gradients": differentiated - started,
         "kernel": time.perf_counter() - differentiated,
-        "peak": _peak() - before,
+        "peak": peak_bytes(torch.device("cpu")) - before,
         "parameters": engine.layout.columns,
     }
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def in_own_process(slices: int, width: int, size: int) -> Point:

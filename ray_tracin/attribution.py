@@ -122,7 +122,8 @@ def differentiator(run: Run, epoch: int, device: torch.device) -> RegionDifferen
 class ShardDifferentiator:
     """Makes the rows of gradient shards, and keeps the network of the checkpoint at hand between them.
 
-    A row is the same bits whoever makes it: shards fix which slices go through the network together.
+    A row is the same bits whoever makes it: the shard and the configuration fix which slices go through the network
+    together.
     """
 
     def __init__(self, run: Run) -> None:

@@ -165,7 +165,7 @@ class GradientsConfig(Section):
     """Where tiles get their rows from: shards on disk, or the network, in memory (`fused`: no gradient touches a disk,
     and blocks that don't fit are made again for every tile). ``auto``: what the plan finds cheaper."""
     shard_slices: PositiveInt = 16
-    """Slices of one gradient shard, which go through the network together."""
+    """Slices of one gradient shard."""
     keep: bool = speed_only(True)
     """Keep the shards of a checkpoint once its tiles are done."""
 

@@ -425,25 +425,12 @@ def test_a_layout_can_be_planned_without_memory():
     assert 0 < planned.activation_bytes <= 2 * layout.activation_bytes
 
 
-class Counted(nn.Module):
-    """Remembers how many slices went through it together."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Conv2d(2, 4, 3, padding=1)
-        self.head = nn.Conv2d(4, 3, 1)
-
-    def forward(self, x):
-        together.append(len(x))
-        return self.head(self.body(x).relu())
-
-
-together: list[int] = []
-
-
 def test_no_more_slices_go_through_a_network_together_than_its_activations_allow(monkeypatch, threads):
     images, labels, masks = networks.batch(slices=10)
-    engine = differentiator(networks.seeded(Counted), images)
+    together = []
+    model = networks.seeded(unet)
+    model.register_forward_pre_hook(lambda _, inputs: together.append(len(inputs[0])))
+    engine = differentiator(model, images)
     together.clear()
     whole = engine.differentiate(images, labels, masks).values
     assert together == [10 // threads] * threads
