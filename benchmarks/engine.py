@@ -147,8 +147,8 @@ class Rows:
         rows = self.form.room(stop - start, self.device)
         for first, last in ranges(stop - start, self._batch):
             some = slice(start + first, start + last)
-            batch = (part[some].to(self.device) for part in (self._images, self._labels, self._masks))
-            rows[first:last] = self.form.keep(self._differentiator.differentiate(*batch).values)
+            images, labels, masks = (part[some].to(self.device) for part in (self._images, self._labels, self._masks))
+            self._differentiator.stream(images, labels, masks, partial(self.form.write, rows[first:last]))
         return_freed_memory()
         return rows
 

@@ -138,14 +138,14 @@ class ShardDifferentiator:
         rows = self._run.query_slices(key.query_set)[key.start : key.stop]
         images, labels, masks = self._inputs(rows, key.epoch)
         self._open_checkpoint(key.epoch, images, labels, masks)
-        parts: list[Tensor] = []
+        kept = self._form.room(len(rows), self.device)
         start = 0
         while start < len(rows):
-            part, self._step = halving(partial(self._batch, key, rows, images, labels, masks, start), self._step)
-            parts.append(self._form.keep(part))
-            start += len(part)
+            batch = partial(self._batch, key, rows, kept, (images, labels, masks), start)
+            done, self._step = halving(batch, self._step)
+            start += done
         return_freed_memory()
-        return torch.cat(parts), int(masks.flatten(2).any(2).sum())
+        return kept, int(masks.flatten(2).any(2).sum())
 
     def _inputs(self, rows: Sequence[int], epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         run = self._run
@@ -170,15 +170,19 @@ class ShardDifferentiator:
         self,
         key: GradientShard,
         rows: Sequence[int],
-        images: Tensor,
-        labels: Tensor,
-        masks: Tensor,
+        kept: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
         start: int,
         count: int,
-    ) -> Tensor:
-        batch = (part[start : start + count].to(self.device) for part in (images, labels, masks))
+    ) -> int:
+        """Differentiates so many slices of a shard, or those that are left, and returns how many they were."""
+        images, labels, masks = (part[start : start + count].to(self.device) for part in inputs)
+
+        def receive(first: int, values: Tensor) -> None:
+            self._form.write(kept, start + first, values)
+
         try:
-            return self._engine.differentiate(*batch).values
+            return len(self._engine.stream(images, labels, masks, receive))
         except NonFiniteGradientError as error:
             where = self._run.slices.set_index("slice").loc[rows[start + error.position]]
             raise ValueError(

@@ -10,8 +10,7 @@ It doesn't know checkpoints, files or what gradients are multiplied with.
 
 import math
 import sys
-from collections.abc import Mapping, Sequence, Set
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,18 +18,15 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ray_tracin.arithmetic import shared_threads
 from ray_tracin.correlation import Shape
-from ray_tracin.layers import Layout, Segment, parameter_gradients, unit_gradients
-from ray_tracin.localized import LocalBackward
-from ray_tracin.recording import Call, hooked, recorded, trace
+from ray_tracin.layers import Layout, parameter_gradients
+from ray_tracin.passes import Passes
+from ray_tracin.recording import recorded, trace
 from ray_tracin.regions import region_pixels, region_scores
 from ray_tracin.units import (
-    Shapes,
     Unit,
-    affine_gradients,
     find_units,
     flat_gradients,
     frozen_copy,
@@ -49,7 +45,7 @@ instance normalisation) hold nothing but rounding."""
 SHARES = 4
 """Shares of a batch that go through the network at the same time, at the most, where threads allow: two passes keep two
 CPU cores busier than one whose small layers are split between them."""
-PASS_BYTES = 200 << 20
+PASS_BYTES = 100 << 20
 """Activations of the slices that go through the network together on a CPU, unless one has more. More at once are no
 faster, and slower where single tensors outgrow what the C library keeps for the next (32 MiB): each is cleared anew."""
 
@@ -78,7 +74,16 @@ class RegionGradients:
     """Packed rows; a region that doesn't exist has a gradient of 0."""
     scores: Float[Tensor, "slice class"]
     """What was differentiated; NaN where the region doesn't exist."""
-    exists: Bool[Tensor, "slice class"]
+
+    @property
+    def exists(self) -> Bool[Tensor, "slice class"]:
+        """Which regions have a pixel."""
+        return ~self.scores.isnan()
+
+
+Receive = Callable[[int, Float[Tensor, "slice value"]], None]
+"""Takes the packed rows of some slices, and the position of the first of them in the batch. The tensor is written again
+afterwards, and calls come from several threads."""
 
 
 class RegionDifferentiator:
@@ -162,6 +167,25 @@ class RegionDifferentiator:
             NonFiniteGradientError: a gradient is infinite or not a number.
             ValueError: the slices aren't as large as the example, a label is no class, or the masks don't fit.
         """
+        with recorded():
+            values = self._like.new_empty((len(images), self.layout.values))
+
+        def receive(start: int, rows: Tensor) -> None:
+            values[start : start + len(rows)] = rows
+
+        return RegionGradients(values, self.stream(images, labels, masks, receive))
+
+    def stream(
+        self,
+        images: Float[Tensor, "slice modality *space"],
+        labels: Integer[Tensor, "slice *space"],
+        masks: Bool[Tensor, "slice class *space"],
+        receive: Receive,
+    ) -> Float[Tensor, "slice class"]:
+        """As `differentiate`, but rows are handed over as soon as they are made, so that never all are in memory.
+
+        Returns the scores.
+        """
         if images.shape[1:] != self._image_shape or not len(images):
             raise ValueError(
                 f"expected slices of shape {self._image_shape} (modality, *space) like the example that the "
@@ -169,38 +193,43 @@ class RegionDifferentiator:
                 "differentiator for this size"
             )
         with recorded(self._precision):
-            batch = images.to(self._like), labels.to(self._like.device), masks.to(self._like.device)
-            values = batch[0].new_empty((len(images), self.layout.values))
-            scores = self._in_shares([*batch, values])
-        result = RegionGradients(values, scores, ~scores.isnan())
-        self._check_finite(result)
-        return result
+            return self._in_shares(
+                receive, images.to(self._like), labels.to(self._like.device), masks.to(self._like.device)
+            )
 
-    def _in_shares(self, batch: Sequence[Tensor]) -> Float[Tensor, "slice class"]:
-        """The scores of images, labels and masks; the rows go into the fourth tensor."""
+    def _in_shares(self, receive: Receive, *batch: Tensor) -> Float[Tensor, "slice class"]:
+        """The scores of images, labels and masks, whose rows are received."""
         count = len(batch[0])
         # A replay changes parameters, which shares have in common.
         alone = self._like.device.type != "cpu" or any(segment.kind == "other" for segment in self.layout.segments)
         size = count if alone else -(-count // min(count, torch.get_num_threads(), SHARES))
-        shares = [[tensor[start:stop] for tensor in batch] for start, stop in ranges(count, size)]
-        if len(shares) == 1:
-            return self._share(self._model, *batch)
-        twins = [twin(self._model) for _ in shares]
-        with shared_threads(len(shares)) as each:
-            return torch.cat(each(self._share, twins, *zip(*shares, strict=True)))
+        bounds = list(ranges(count, size))
+        twins = [twin(self._model) for _ in bounds[1:]]
+        shares = [[tensor[start:stop] for tensor in batch] for start, stop in bounds]
+        share = partial(self._share, receive)
+        with shared_threads(len(bounds)) as each:
+            firsts = [start for start, _ in bounds]
+            return torch.cat(each(share, [self._model, *twins], firsts, *zip(*shares, strict=True)))
 
-    def _share(self, model: nn.Module, *batch: Tensor) -> Float[Tensor, "slice class"]:
+    def _share(self, receive: Receive, model: nn.Module, first: int, *batch: Tensor) -> Float[Tensor, "slice class"]:
+        """The scores of a part of the batch that begins with some slice of it."""
         count = len(batch[0])
         together = min(count, _together(self.layout, self._like.device.type)) if self._batched else 1
-        parts = [[tensor[start:stop] for tensor in batch] for start, stop in ranges(count, together)]
-        return torch.cat([self._batch(model, *part) for part in parts])
+        room = self._like.new_empty((together, self.layout.values))
+        scores = []
+        for start, stop in ranges(count, together):
+            values = room[: stop - start]
+            scores.append(self._batch(model, values, *(tensor[start:stop] for tensor in batch)))
+            self._check_finite(first + start, values)
+            receive(first + start, values)
+        return torch.cat(scores)
 
     def _batch(
-        self, model: nn.Module, images: Tensor, labels: Tensor, masks: Tensor, values: Tensor
+        self, model: nn.Module, values: Tensor, images: Tensor, labels: Tensor, masks: Tensor
     ) -> Float[Tensor, "slice class"]:
         units = self._units_of(model)
         while True:
-            passes = _Passes(units, self.layout, self._read, self._overwritten, values.zero_())
+            passes = Passes(units, self.layout, self._read, self._overwritten, values)
             logits = passes.forward(model, images)
             # Cloned, because autograd keeps them and refuses tensors of inference mode.
             scores = region_scores(logits, labels.clone(), masks.clone())
@@ -210,20 +239,20 @@ class RegionDifferentiator:
             # The network writes into what these units have read: once more, and from now on, with copies.
             self._overwritten |= passes.overwritten
 
-    def _check_finite(self, result: RegionGradients) -> None:
+    def _check_finite(self, start: int, values: Float[Tensor, "slice value"]) -> None:
         # One value that isn't finite makes the sum so, and a sum needs no room. Regions that don't exist hide nothing:
         # their upstream gradient is 0, and 0 times such a value is not a number.
-        if result.values.sum().isfinite():
+        if values.sum().isfinite():
             return
         suspects = [unit.name for unit in self._units.values() if not _finite_state(unit.module)]
         # Backward, what is broken spreads from the logits to the image: the last unit is the nearest to the cause.
         for segment in reversed(self.layout.segments):
-            bad = ~result.values[:, segment.offset : segment.stop].isfinite()
+            bad = ~values[:, segment.offset : segment.stop].isfinite()
             inputs, gradients = bad.split([segment.input_values, segment.length - segment.input_values], dim=1)
             broken = gradients.unflatten(1, (self.layout.classes, -1)).any(dim=2) | inputs.any(dim=1, keepdim=True)
             if broken.any():
                 position, column = broken.nonzero()[0].tolist()
-                raise NonFiniteGradientError(position, column + 1, *suspects[:1] or [segment.unit])
+                raise NonFiniteGradientError(start + position, column + 1, *suspects[:1] or [segment.unit])
 
     def check(
         self,
@@ -281,127 +310,21 @@ class RegionDifferentiator:
 
 
 def differentiate_bytes(layout: Layout, slices: int, *, threads: int = 1, device: str = "cpu") -> int:
-    """About how many bytes it takes to differentiate a batch of slices, the network's weights left out.
+    """About how many bytes it takes to stream the rows of a batch of slices, the network's weights left out.
 
-    Packed rows; and for the slices that are in the network at the same time, on so many CPU threads, what the backward
-    pass keeps, the units' inputs, and twice the largest factors, on their way.
+    For the slices in the network at the same time, on so many CPU threads: their packed rows, what the backward pass
+    keeps, the units' inputs, and twice the largest factors, on their way.
     """
     passes = min(threads, SHARES) if device == "cpu" else 1
     inside = min(slices, passes * _together(layout, device))
     widest = max((math.prod(s.input_shape) + math.prod(s.output_shape) for s in layout.segments), default=0)
     inputs = sum(math.prod(s.input_shape) for s in layout.segments if s.form == "gradient")
-    return 4 * (slices * layout.values + inside * (inputs + 2 * widest)) + inside * layout.activation_bytes
+    return inside * (4 * (layout.values + inputs + 2 * widest) + layout.activation_bytes)
 
 
 def _together(layout: Layout, device: str) -> int:
     """Slices that may go through the network together."""
     return max(1, PASS_BYTES // max(1, layout.activation_bytes)) if device == "cpu" else sys.maxsize
-
-
-class _Passes:
-    """One forward pass of a batch, the backward passes of its classes, and the rows that they fill."""
-
-    def __init__(
-        self,
-        units: Mapping[str, Unit],
-        layout: Layout,
-        read: Mapping[str, Sequence[Shapes]],
-        copied: Set[str],
-        values: Float[Tensor, "slice value"],
-    ) -> None:
-        self._values = values
-        self.overwritten: set[str] = set()
-        """Units whose inputs the network wrote into before they were used."""
-        self._units = units
-        self._classes = layout.classes
-        self._segments = {segment.unit: segment for segment in layout.segments}
-        self._example_read = read
-        self._copied = copied
-        self._calls: dict[str, list[Call]] = {}
-        self._to_replay: list[tuple[Call, int, int, Tensor]] = []
-        self._class = 0
-        # What doesn't depend on a unit before it depends on this: a backward pass to here reaches every unit, and
-        # goes no further than the first of them.
-        self._anchor = values.new_zeros((), requires_grad=True)
-
-    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
-        # On a GPU batches beat boxes, which differ from slice to slice and have to be read back from it.
-        local = LocalBackward() if images.device.type == "cpu" else nullcontext()
-        with local, hooked(list(self._units.values()), self._keep_input, self._watch_output):
-            logits: Tensor = model(images.clone())
-        return logits
-
-    def backward(self, scores: Float[Tensor, "slice class"]) -> None:
-        for column in range(self._classes if scores.requires_grad else 0):
-            self._class = column
-            more = column + 1 < self._classes
-            torch.autograd.grad(scores[:, column].sum(), self._anchor, retain_graph=more, allow_unused=True)
-            # Not inside the backward pass: a replay is a backward pass of its own.
-            for arrival in self._to_replay:
-                self._replay(*arrival)
-            self._to_replay.clear()
-
-    def _keep_input(self, unit: Unit, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        segment = self._segments[unit.name]
-        calls = self._calls.setdefault(unit.name, [])
-        if len(calls) == len(self._example_read[unit.name]):
-            raise ValueError(
-                f"unit {unit.name!r} was called {len(calls)} times on the example and more often on this batch: the "
-                "number of calls must not depend on the slices"
-            )
-        call = Call.of(unit, arguments, keywords, copied=unit.name in self._copied)
-        if segment.form == "factors":
-            inputs = call.tensors[0].reshape(len(self._values), -1)
-            self._values[:, segment.offset : segment.offset + inputs.shape[1]] = inputs
-            call = Call.of(unit, (), {})
-        calls.append(call)
-
-    def _watch_output(self, unit: Unit, output: Any) -> Any:
-        leaves, structure = tree_flatten(output)
-        number = len(self._calls[unit.name]) - 1
-        return tree_unflatten(
-            [self._watched(leaf, unit, number, place) for place, leaf in enumerate(leaves)], structure
-        )
-
-    def _watched(self, leaf: Any, unit: Unit, number: int, place: int) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        tied = leaf if leaf.requires_grad else leaf + self._anchor
-        if tied.requires_grad:
-            # A hook on the tensor, not on the module: it sees the gradient of what the unit wrote even where the
-            # network goes on to change that in place.
-            tied.register_hook(partial(self._take, unit, number, place))
-        return tied
-
-    def _take(self, unit: Unit, number: int, place: int, output_gradient: Tensor) -> None:
-        segment, call = self._segments[unit.name], self._calls[unit.name][number]
-        if segment.form == "factors":
-            self._add(segment, output_gradient.reshape(len(self._values), -1))
-        elif call.overwritten():
-            self.overwritten.add(unit.name)
-        elif segment.kind == "other":
-            self._to_replay.append((call, number, place, output_gradient))
-        else:
-            self._add(segment, _formula(segment, call, output_gradient, len(self._values)))
-
-    def _replay(self, call: Call, number: int, place: int, output_gradient: Tensor) -> None:
-        example = self._example_read[call.unit.name][number]
-        slices = len(self._values)
-        shared = [tuple(now.shape) == then for now, then in zip(call.tensors, example, strict=True)]
-        self._add(self._segments[call.unit.name], call.replayed(place, output_gradient, slices, shared))
-
-    def _add(self, segment: Segment, part: Float[Tensor, "slice part"]) -> None:
-        start = segment.offset + segment.input_values + self._class * part.shape[1]
-        self._values[:, start : start + part.shape[1]] += part
-
-
-def _formula(segment: Segment, call: Call, output_gradient: Tensor, slices: int) -> Float[Tensor, "slice column"]:
-    inputs = call.tensors[0]
-    if segment.geometry is None:
-        return affine_gradients(call.unit, inputs, output_gradient, slices)
-    if segment.kind == "linear":
-        inputs, output_gradient = (part.reshape(slices, -1, part.shape[-1]) for part in (inputs, output_gradient))
-    return unit_gradients(segment, inputs, output_gradient)
 
 
 def _relative(difference: Float[Tensor, "class column"], scale: Float[Tensor, " class"]) -> float:

@@ -133,7 +133,7 @@ class Plan:
     @property
     def gradient_worker_bytes(self) -> int:
         """Memory of a worker that makes gradient shards: network and copies, a batch, a shard and its encoding."""
-        shard = self.config.gradients.shard_slices * (8 * self.layout.values + 2 * self._rows.row_bytes)
+        shard = 4 * self.config.gradients.shard_slices * self._rows.row_bytes
         return self._process_bytes + 3 * 4 * self.parameters + self._batch_bytes + shard
 
     @cached_property

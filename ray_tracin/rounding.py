@@ -113,19 +113,24 @@ class RowFormat:
 
     def keep(self, rows: Float[Tensor, "slice value"]) -> Shaped[Tensor, "slice word"]:
         """Packed rows in the form in which they are kept; each row for itself, whatever the others are."""
-        if self.dtype == "float32":
-            return rows.float()
-        if self.dtype == "bfloat16":
-            return rows.bfloat16().view(torch.int16)
-        kept = torch.zeros((len(rows), self.words), dtype=torch.int16, device=rows.device)
-        for segment in self.layout.segments:
-            values = rows[:, segment.offset : segment.stop].float()
-            place = kept[:, self.place(segment)]
-            if self._is_rounded(segment):
-                self._round(segment, values, place)
-            else:
-                place.copy_(values.contiguous().view(torch.int16))
+        kept = self.room(len(rows), rows.device)
+        self.write(kept, 0, rows)
         return kept
+
+    def write(self, kept: Shaped[Tensor, "kept word"], start: int, rows: Float[Tensor, "slice value"]) -> None:
+        """Writes packed rows into kept ones, in their form, from some position on."""
+        place = kept[start : start + len(rows)]
+        if self.dtype == "float32":
+            place.copy_(rows)
+        elif self.dtype == "bfloat16":
+            place.view(torch.bfloat16).copy_(rows)
+        else:
+            for segment in self.layout.segments:
+                values = rows[:, segment.offset : segment.stop].float()
+                if self._is_rounded(segment):
+                    self._round(segment, values, place[:, self.place(segment)])
+                else:
+                    place[:, self.place(segment)].view(torch.float32).copy_(values)
 
     def _round(self, segment: Segment, values: Float32[Tensor, "slice length"], place: Tensor) -> None:
         parts = self._parts(segment)
@@ -137,6 +142,7 @@ class RowFormat:
         for number, part in enumerate(parts):
             scaled = (values[:, part] / scales[:, number, None]).half()
             place[:, first + part.start : first + part.stop] = scaled.view(torch.int16)
+        place[:, first + segment.length :] = 0
 
     def segment(self, kept: Shaped[Tensor, "slice segment_word"], segment: Segment) -> Float[Tensor, "slice length"]:
         """The values of a segment from its words: bfloat16 for ``bfloat16``, else float32."""
