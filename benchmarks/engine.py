@@ -6,7 +6,9 @@ Runs without Ray, Zarr and NiBabel, where torch, numpy, pydantic, PyYAML and jax
 process of its own, so that its peak memory is its own; methods take turns within a round. The kernels are compared,
 and the difference is printed beside the times. ``naive`` is a forward and a backward a region; ``shared forward`` one
 forward a slice and a backward a class; both keep all gradients as rows and multiply them once. ``engine``
-differentiates in batches, keeps packed rows, and expands them a layer at a time.
+differentiates in batches, keeps packed rows, and expands them a layer at a time; ``in processes`` makes its rows as a
+pool of workers does, in a process a thread. How far float32 alone may take a kernel is the difference of ``shared
+forward, one thread``: another number of threads rounds otherwise, which decides ReLUs and maxima that are all but tied.
 
 Operations are counted as if nothing were zero: a forward a slice, a backward of activations and the products of the
 weights a region, half of the symmetric kernel. The ceiling is PyTorch's float32 matrix product in the same run; a share
@@ -16,6 +18,7 @@ of more than 1 is possible where zeros are left out.
 import argparse
 import copy
 import json
+import mmap
 import platform
 import resource
 import statistics
@@ -25,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +93,19 @@ def naive(problem: Problem) -> Tensor:
 
 def shared_forward(problem: Problem) -> Tensor:
     """One forward a slice and a backward a class; all rows; one product."""
+    return _gram(_shared_rows(problem))
+
+
+def on_one_thread(problem: Problem) -> Tensor:
+    """`shared_forward`, whose rows are made on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = _shared_rows(problem)
+    torch.set_num_threads(threads)
+    return _gram(rows)
+
+
+def _shared_rows(problem: Problem) -> Tensor:
     network, images, labels, masks = problem
     parameters, rows = _dense_rows(problem)
     for position in range(len(images)):
@@ -97,7 +114,7 @@ def shared_forward(problem: Problem) -> Tensor:
         for class_id in range(CLASSES):
             parts = torch.autograd.grad(scores[class_id], parameters, retain_graph=class_id + 1 < CLASSES)
             _write(rows[position * CLASSES + class_id], parts)
-    return _gram(rows)
+    return rows
 
 
 def _dense_rows(problem: Problem) -> tuple[list[nn.Parameter], Tensor]:
@@ -145,34 +162,73 @@ class Rows:
     def __call__(self, start: int, stop: int) -> Tensor:
         """The rows of a range of slices, as they are kept."""
         rows = self.form.room(stop - start, self.device)
-        for first, last in ranges(stop - start, self._batch):
+        self.fill(rows, start)
+        return rows
+
+    def fill(self, rows: Tensor, start: int) -> None:
+        """Writes the rows of the slices from some position on, as they are kept."""
+        for first, last in ranges(len(rows), self._batch):
             some = slice(start + first, start + last)
             images, labels, masks = (part[some].to(self.device) for part in (self._images, self._labels, self._masks))
             self._differentiator.stream(images, labels, masks, partial(self.form.write, rows[first:last]))
         return_freed_memory()
-        return rows
 
 
 def engine(problem: Problem, batch: int = 16, dtype: RowDtype = "float32", precision: Precision = "float32") -> Tensor:
     """Packed rows in batches, then the kernel a layer at a time."""
     make = Rows(problem, batch, dtype, precision)
-    rows = make(0, len(problem[1]))
+    return _kernel(make, make(0, len(problem[1])), precision)
+
+
+def _kernel(make: Rows, rows: Tensor, precision: Precision = "float32") -> Tensor:
     chunk = EXPANDED_VALUES[make.device.type]
     read = partial(make.form.read, rows)
     return tile_kernel(make.form.layout, read, None, chunk_values=chunk, precision=precision)[0]
 
 
-Method = Callable[[Problem, int], Tensor]
+def in_processes(problem: Problem, batch: int = 16, dtype: RowDtype = "float16") -> tuple[Tensor, int]:
+    """`engine`, its rows made in a process a thread; and what these processes add to their memory together, in bytes.
+
+    A worker is forked once its rows have room in memory that all share; so it begins with the network and the slices.
+    """
+    make = Rows(problem, batch, dtype, "float32")
+    count, fork = len(problem[1]), get_context("fork")
+    room = mmap.mmap(-1, count * make.form.row_bytes)
+    rows = torch.frombuffer(room, dtype=make.form.room(0, make.device).dtype).view(count, make.form.words)
+    parts = list(ranges(count, -(-count // torch.get_num_threads())))
+    peaks = fork.Array("q", len(parts))
+
+    def work(number: int, start: int, stop: int) -> None:
+        torch.set_num_threads(1)
+        before = peak_bytes(make.device)
+        make.fill(rows[start:stop], start)
+        peaks[number] = peak_bytes(make.device) - before
+
+    workers = [fork.Process(target=work, args=(number, *part)) for number, part in enumerate(parts)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise RuntimeError(f"a worker failed: exit codes {[worker.exitcode for worker in workers]}")
+    return _kernel(make, rows), sum(peaks[:])
+
+
+Method = Callable[[Problem, int], Tensor | tuple[Tensor, int]]
+"""The kernel, and where other processes made its rows, what these added to their memory."""
 METHODS: dict[str, Method] = {
     "float64": lambda problem, _: in_float64(problem),
     "naive": lambda problem, _: naive(problem),
     "shared forward": lambda problem, _: shared_forward(problem),
+    "shared forward, one thread": lambda problem, _: on_one_thread(problem),
     "engine": engine,
     "engine, float16 rows": partial(engine, dtype="float16"),
+    "engine, float16 rows, in processes": in_processes,
     "engine, bfloat16 rows": partial(engine, dtype="bfloat16"),
     "engine, tf32": partial(engine, precision="tf32"),
     "engine, bfloat16": partial(engine, dtype="bfloat16", precision="bfloat16"),
 }
+DEFAULT = ["naive", "shared forward", "engine", "engine, float16 rows", "engine, float16 rows, in processes"]
 SIZES = ("slices", "width", "size", "threads", "batch", "device")
 
 
@@ -193,10 +249,14 @@ def run_method(options: argparse.Namespace) -> None:
     ceiling = matmul_rate(device)
     before = peak_bytes(device)
     started = time.perf_counter()
-    kernel = METHODS[options.method](problem, options.batch).cpu()
+    found = METHODS[options.method](problem, options.batch)
+    kernel, elsewhere = found if isinstance(found, tuple) else (found, 0)
+    kernel = kernel.cpu()
     seconds = time.perf_counter() - started
     np.save(options.kernel, kernel.double().numpy())
-    print(json.dumps({"seconds": seconds, "peak": peak_bytes(device) - before, "ceiling": ceiling}))
+    # Workers have ended when the kernel begins.
+    peak = max(elsewhere, peak_bytes(device) - before)
+    print(json.dumps({"seconds": seconds, "peak": peak, "ceiling": ceiling}))
 
 
 def matmul_rate(device: torch.device, precision: Precision = "float32") -> float:
@@ -252,8 +312,8 @@ def compare(options: argparse.Namespace) -> str:
         f"{dense / 2**20:,.0f} MiB.",
         "",
         "| method | seconds | GFLOP/s | of the product's rate | naive ÷ it | shared forward ÷ it | peak memory, MiB | "
-        "of dense rows | relative difference |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "of dense rows | relative difference | from one thread's |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *_rows(figures, kernels, flops, ceiling, dense),
     ]
     return "\n".join(lines)
@@ -273,7 +333,7 @@ def _rows(
     dense: int,
 ) -> Sequence[str]:
     seconds = {name: statistics.median(one["seconds"] for one in measured) for name, measured in figures.items()}
-    reference = next(iter(kernels.values()))
+    references = [next(iter(kernels.values())), kernels.get("shared forward, one thread")]
     lines = []
     for name, measured in figures.items():
         rate = flops / seconds[name]
@@ -281,12 +341,16 @@ def _rows(
         ratios = [
             f"{seconds[base] / seconds[name]:.2f}" if base in seconds else "" for base in ("naive", "shared forward")
         ]
-        difference = np.linalg.norm(kernels[name] - reference) / np.linalg.norm(reference)
+        differences = ["" if one is None else f"{_difference(kernels[name], one):.1e}" for one in references]
         lines.append(
             f"| {name} | {seconds[name]:.2f} | {rate / 1e9:,.0f} | {rate / ceiling:.0%} | {' | '.join(ratios)} | "
-            f"{peak / 2**20:,.0f} | {peak / dense:.2f} | {difference:.1e} |"
+            f"{peak / 2**20:,.0f} | {peak / dense:.2f} | {' | '.join(differences)} |"
         )
     return lines
+
+
+def _difference(kernel: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.linalg.norm(kernel - reference) / np.linalg.norm(reference))
 
 
 def main() -> None:
@@ -299,7 +363,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="slices that the engine differentiates at once")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS][1:5])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=DEFAULT)
     parser.add_argument("--method", choices=[*METHODS], help=argparse.SUPPRESS)
     parser.add_argument("--kernel", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -2,6 +2,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,3 +40,33 @@ def test_operations_are_those_of_the_passes_and_of_half_the_kernel():
     network = engine.make_problem(1, 4, 32)[0]
     assert columns == sum(parameter.numel() for parameter in network.parameters())
     assert engine.operations(Namespace(slices=10, width=4, size=32))[0] == 10 * (flops - 9 * columns) + 900 * columns
+
+
+def test_rows_made_in_processes_give_the_same_kernel_and_their_memory_is_counted(problems):
+    torch.set_num_threads(2)
+    try:
+        kernel, peak = engine.in_processes(problems[0], batch=2)
+        assert peak > 0
+        expected = engine.in_float64(problems[0])
+        for found in (kernel, engine.on_one_thread(problems[0])):
+            assert (found - expected).norm() < 1e-5 * expected.norm()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_process_that_fails_is_an_error(problems, monkeypatch):
+    def fail(*_):
+        raise ValueError("no rows")
+
+    monkeypatch.setattr(engine.Rows, "fill", fail)
+    with pytest.raises(RuntimeError, match="exit codes"):
+        engine.in_processes(problems[0])
+
+
+def test_differences_are_from_the_first_method_and_from_one_thread():
+    figures = {name: [{"seconds": 2.0, "peak": 1 << 20}] for name in ("shared forward", "shared forward, one thread")}
+    kernels = dict(zip(figures, (np.full((2, 2), 2.0), np.ones((2, 2))), strict=True))
+    first, second = engine._rows(figures, kernels, 4e9, 4e9, 1 << 21)
+    assert first == "| shared forward | 2.00 | 2 | 50% |  | 1.00 | 1 | 0.50 | 0.0e+00 | 1.0e+00 |"
+    assert second.endswith("| 5.0e-01 | 0.0e+00 |")
