@@ -72,7 +72,11 @@ def tile_kernel(
 
 
 class _Sums:
-    """A tile's sums over layers, a part of the chunks a lane: as many lanes, and so the same bits, on any threads."""
+    """A tile's sums over layers, a part of the chunks a lane: as many lanes on any threads.
+
+    So the bits are the same as long as a lane has one thread; where it has more, they are as much the same as those of
+    a product of matrices are, which depends on the CPU.
+    """
 
     def __init__(self, classes: int, precision: Precision) -> None:
         self._classes, self._precision = classes, precision

@@ -52,3 +52,10 @@ def tiny_run(patients: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = start_run(tmp_path_factory.mktemp("tiny") / "run", preset="demo", overrides=[*TINY, f"data.root={patients}"])
     run_to(run, STEPS[-1], Executors(execute_serially, execute_serially), lambda event: None)
     return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests are dealt to several processes: those with a Ray cluster go to one, others stay with their file."""
+    for item in items:
+        group = "cluster" if item.get_closest_marker("ray") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))

@@ -41,17 +41,6 @@ def test_float64_stays():
     assert torch.equal(multiply(left, right, "bfloat16"), left @ right.T)
 
 
-def test_a_product_is_the_same_bits_with_any_number_of_threads():
-    left, right = matrices(264, 300, 5000)
-    before = torch.get_num_threads()
-    results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(multiply(left, right))
-    torch.set_num_threads(before)
-    assert torch.equal(*results)
-
-
 @pytest.mark.parametrize(("threads", "parts", "each"), [(4, 2, 2), (3, 2, 1), (2, 1, 2)])
 def test_parts_share_the_threads_of_whoever_starts_them(threads, parts, each):
     before = torch.get_num_threads()

@@ -98,12 +98,12 @@ def test_panels_of_the_symmetric_kernel_hold_it_whole(deep, monkeypatch):
 
 
 @pytest.mark.parametrize("other", [False, True])
-def test_a_tile_is_the_same_bits_with_any_number_of_threads(deep, other):
+def test_a_tile_is_the_same_bits_on_one_thread_and_on_one_a_lane(deep, other):
     layout, values, gradients = deep
     train = reader(values[:3]) if other else None
     before = torch.get_num_threads()
     tiles = []
-    for threads in (1, 2, 4):
+    for threads in range(1, influence.LANES + 1):
         torch.set_num_threads(threads)
         tiles.append(tile_kernel(layout, reader(values), train, chunk_values=500))
     torch.set_num_threads(before)
