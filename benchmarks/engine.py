@@ -192,6 +192,8 @@ def in_processes(problem: Problem, batch: int = 16, dtype: RowDtype = "float16")
     A worker is forked once its rows have room in memory that all share; so it begins with the network and the slices.
     """
     make = Rows(problem, batch, dtype, "float32")
+    if make.device.type != "cpu":
+        raise ValueError(f"expected a network on the CPU, whose threads get a process each, got one on {make.device}")
     count, fork = len(problem[1]), get_context("fork")
     room = mmap.mmap(-1, count * make.form.row_bytes)
     rows = torch.frombuffer(room, dtype=make.form.room(0, make.device).dtype).view(count, make.form.words)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 import numpy as np
@@ -170,8 +171,9 @@ def _caption(run: Run, example: Example, strength: float, same: float) -> str:
     where = f"{run.classes[example.class_id - 1]}, {shortened(str(about['patient']))}, {about['index']}"
     if example.role == ROLES[0]:
         return f"{where}\nf = {strength:.2f}"
-    agreement = f"{same:.2f}".replace("-", "−")
-    return f"{where}\nT = {printed(example.influence, 2)}, f = {strength:.2f}, S = {agreement}"
+    # Of two regions in which the feature is 0 (eq. 7).
+    agreement = "S undefined" if isnan(same) else f"S = {same:.2f}".replace("-", "−")
+    return f"{where}\nT = {printed(example.influence, 2)}, f = {strength:.2f}, {agreement}"
 
 
 def feature_maps(run: Run, rows: Sequence[int], feature: int) -> Iterator[Array]:

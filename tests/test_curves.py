@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_tracin.curves import draw_feature_curves, examples, feature_maps
+from ray_tracin.curves import Example, _caption, draw_feature_curves, examples, feature_maps
 from ray_tracin.runs import Run
 
 
@@ -73,3 +73,9 @@ def test_below_each_curve_is_its_feature_on_query_proponent_neutral_and_opponent
             if row and max(query, own) > 0:
                 same = query * own / max(abs(query), abs(own)) ** 2
                 assert float(axis.get_title().split("S = ")[1]) == pytest.approx(same, abs=0.0051)
+
+
+def test_a_similarity_that_is_undefined_is_called_so(tiny_run: Run) -> None:
+    example = Example("proponent", tiny_run.train_slices[0], 1, 0.25)
+    assert _caption(tiny_run, example, 0.0, float("nan")).endswith("T = 0.25, f = 0.00, S undefined")
+    assert _caption(tiny_run, example, 0.5, -0.75).endswith("T = 0.25, f = 0.50, S = −0.75")
