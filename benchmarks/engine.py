@@ -343,7 +343,7 @@ def _rows(
         ratios = [
             f"{seconds[base] / seconds[name]:.2f}" if base in seconds else "" for base in ("naive", "shared forward")
         ]
-        differences = ["" if one is None else f"{_difference(kernels[name], one):.1e}" for one in references]
+        differences = ["" if one is None else f"{relative_difference(kernels[name], one):.1e}" for one in references]
         lines.append(
             f"| {name} | {seconds[name]:.2f} | {rate / 1e9:,.0f} | {rate / ceiling:.0%} | {' | '.join(ratios)} | "
             f"{peak / 2**20:,.0f} | {peak / dense:.2f} | {' | '.join(differences)} |"
@@ -351,7 +351,8 @@ def _rows(
     return lines
 
 
-def _difference(kernel: np.ndarray, reference: np.ndarray) -> float:
+def relative_difference(kernel: np.ndarray, reference: np.ndarray) -> float:
+    """Of a kernel from another, in the Frobenius norm."""
     return float(np.linalg.norm(kernel - reference) / np.linalg.norm(reference))
 
 

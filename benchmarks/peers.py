@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from engine import relative_difference
 
 SAME = 1e-5
 """Relative difference up to which two kernels count as the same."""
@@ -155,7 +156,7 @@ def _line(method: Method, figures: dict[str, Figures]) -> str:
         return f"| {method.name} | not measured | | | | | |"
     mine, engine = figures[method.name], figures["engine"]
     seconds = statistics.median(mine.seconds)
-    difference = float(np.linalg.norm(mine.kernel - engine.kernel) / np.linalg.norm(engine.kernel))
+    difference = relative_difference(mine.kernel, engine.kernel)
     ratio = f"{seconds / statistics.median(engine.seconds):.1f}" if difference <= SAME else NOT_THE_RESULT
     cells = (
         method.name,

@@ -24,7 +24,7 @@ from ray_tracin.influence import EXPANDED_VALUES, tile_bytes
 from ray_tracin.layers import Layout
 from ray_tracin.presets import build_config, parse_yaml
 from ray_tracin.rounding import RowFormat
-from ray_tracin.runs import Run, open_run
+from ray_tracin.runs import Run, open_run_with
 from ray_tracin.store import IncompleteRunError, RunStore
 from ray_tracin.tiling import READ_WORDS
 from ray_tracin.unet import HEAD, build_unet
@@ -316,14 +316,15 @@ def plan_run(
     overrides: Sequence[str] = (),
     patients: int | None = None,
 ) -> Plan:
-    """The plan of a run that exists, or of one that a configuration would start.
+    """The plan of a run that exists, as it would go on with these settings, or of one that they would start.
 
     Raises:
-        ValueError: a bad configuration, or no way to know how many patients there are.
+        ValueError: a bad configuration, one with another answer than the run's, or no way to know how many patients
+            there are.
         FileNotFoundError: no such run, configuration or data folder.
     """
     if uri is not None and RunStore(uri).objects.size(paths.CONFIG) is not None:
-        return plan_of(open_run(uri))
+        return plan_of(open_run_with(uri, preset=preset, config=config, overrides=overrides))
     document = None if config is None else parse_yaml(config.read_text(), str(config))
     if document is None and preset is None and not overrides:
         raise ValueError("give --run of a run that exists, --config FILE, or --preset demo|paper")

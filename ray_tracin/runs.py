@@ -206,22 +206,42 @@ def start_run(
         if preset is None and document is None and not overrides:
             raise ValueError(f"there is no run at {store.uri} yet: give --config FILE or --preset demo|paper")
         return _begin(store, build_config(preset, document, overrides))
-    stored = open_run(uri)
-    if preset is None and document is None:
-        document = _stored_document(store)
-    wanted = build_config(preset, document, overrides)
-    differences = stored.config.differences(wanted)
-    if differences and not _has_begun(store):
+    wanted, differs = _wanted(open_run(uri), preset, document, overrides)
+    if differs:
         return _begin(store, wanted)  # Nothing was computed: a mistyped setting must not cost the folder.
-    if differences:
-        listed = "\n  ".join(differences)
-        raise ValueError(
-            f"the run at {store.uri} has another configuration (stored → given):\n  {listed}\n"
-            "Leave these settings out to go on with it, or give another --run"
-        )
     if store.read_receipt(*RECORD) is None:
         _record(store)
     return Run(store, wanted)
+
+
+def open_run_with(
+    uri: str | Path, *, preset: str | None = None, config: Path | None = None, overrides: Sequence[str] = ()
+) -> Run:
+    """`open_run` with the settings that `start_run` would go on with; nothing is written.
+
+    Raises:
+        ValueError: as `start_run`.
+        FileNotFoundError: there is no run there, or the configuration file does not exist.
+    """
+    run = open_run(uri)
+    return Run(run.store, _wanted(run, preset, _document(config), overrides)[0])
+
+
+def _wanted(
+    run: Run, preset: str | None, document: Mapping[str, Any] | None, overrides: Sequence[str]
+) -> tuple[RunConfig, bool]:
+    """The configuration that is asked for, and whether it has another answer; if so, nothing is computed yet."""
+    if preset is None and document is None:
+        document = _stored_document(run.store)
+    wanted = build_config(preset, document, overrides)
+    differences = run.config.differences(wanted)
+    if differences and _has_begun(run.store):
+        listed = "\n  ".join(differences)
+        raise ValueError(
+            f"the run at {run.uri} has another configuration (stored → given):\n  {listed}\n"
+            "Leave these settings out to go on with it, or give another --run"
+        )
+    return wanted, bool(differences)
 
 
 def _has_begun(store: RunStore) -> bool:

@@ -55,7 +55,7 @@ def tiny_run(patients: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests are dealt to several processes: those with a Ray cluster go to one, others stay with their file."""
+    """Where tests are dealt to processes: those that share the Ray cluster go to one, others stay with their file."""
     for item in items:
         group = "cluster" if item.get_closest_marker("ray") else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))

@@ -8,6 +8,7 @@ import pytest
 from ray_tracin.calibration import NOMINAL, Rates, calibrate
 from ray_tracin.planning import GIB, Plan, plan_run
 from ray_tracin.presets import build_config
+from ray_tracin.runs import Run
 
 SMALL = ["data.size=32", "model={width: 4, depth: 3}", "regions.threshold=0.5", "resources.workers=2"]
 
@@ -90,3 +91,13 @@ def test_rates_are_measured_and_nothing_is_left(tmp_path) -> None:
         assert math.isfinite(measured)
         assert nominal / 1000 < measured < 1000 * nominal, name
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_exists_is_planned_with_the_settings_that_are_given(tiny_run: Run) -> None:
+    before = tiny_run.store.objects.get("config.yaml")
+    assert plan_run(tiny_run.uri).problems == []
+    with_less = plan_run(tiny_run.uri, overrides=["resources.memory_per_worker=0.2"])
+    assert "resources.memory_per_worker is 0.20 GiB" in with_less.problems[0]
+    with pytest.raises(ValueError, match="another configuration"):
+        plan_run(tiny_run.uri, overrides=["regions.threshold=0.6"])
+    assert tiny_run.store.objects.get("config.yaml") == before
