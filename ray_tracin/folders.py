@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ray_tracin.config import DataConfig
+from ray_tracin.vocabulary import CaseKey
 
 Dialect = Literal["brats", "brats2023", "csv"]
 """How a data set names its files: as BraTS did until 2022, as it does since 2023, or as a CSV file says."""
@@ -36,7 +37,7 @@ KNOWN_LAYOUTS = (
 
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _BRATS_NAME = re.compile(r"brats", re.IGNORECASE)
-_TIME_POINT = re.compile(r"^(BraTS-.+)-\d{3}$", re.IGNORECASE)
+_TIME_POINT = re.compile(r"^(BraTS-.+-\d{4,})-\d{3}$", re.IGNORECASE)
 _NEW_NAME = re.compile(r"[-_](t1n|t1c|t2w|t2f)\.nii", re.IGNORECASE)
 _ROW = re.compile(r"\.csv:\d+$", re.IGNORECASE)
 _SUBJECT_COLUMN = re.compile(r"^BraTS_\d{4}_subject_ID$", re.IGNORECASE)
@@ -328,7 +329,7 @@ def _listed_case(listing: Path, line: int, row: Mapping[str, str], config: DataC
     absent = [path for path in (*modalities.values(), label) if path is not None and not path.exists()]
     if absent:
         return Skipped(case, source, f"{absent[0]} does not exist: paths are relative to {listing.parent}")
-    return Case(case, patient, row.get("grade") or None, modalities, label, source)
+    return Case(case, _patient(patient), row.get("grade") or None, modalities, label, source)
 
 
 # What the configuration asks for
@@ -355,12 +356,18 @@ def _refuse_nothing(cases: Sequence[Case], skipped: Sequence[Skipped], root: Pat
 def _refuse_twins(cases: Sequence[Case]) -> None:
     first: dict[str, Case] = {}
     for case in cases:
-        other = first.setdefault(case.case, case)
-        if other is not case:
+        other = first.setdefault(str(CaseKey(case.case)), case)
+        if other is case:
+            continue
+        if other.case != case.case:
             raise ValueError(
-                f"case {case.case} is there twice, in {other.source} and {case.source}: point data.root at one copy, "
-                "or in a CSV file tell examinations of one patient apart by a column case"
+                f"cases {other.case!r} of {other.source} and {case.case!r} of {case.source} would both be called "
+                f"{CaseKey(case.case)} in the names of files: rename one"
             )
+        raise ValueError(
+            f"case {case.case} is there twice, in {other.source} and {case.source}: point data.root at one copy, "
+            "or in a CSV file tell examinations of one patient apart by a column case"
+        )
 
 
 def _of_grade(cases: list[Case], skipped: list[Skipped], config: DataConfig) -> list[Case]:

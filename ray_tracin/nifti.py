@@ -134,8 +134,9 @@ def reorient(voxels: Stored, affine: Affine) -> tuple[Voxels, Affine]:
 def align(scan: Scan, reference: Scan) -> tuple[Voxels, str | None]:
     """The scan's voxels in LPS on the grid of the reference, and a warning where the two headers disagree.
 
-    Two files may store one grid with different axes; then each is turned by its own affine. Where the affines put
-    equal arrays at different places the reference is trusted. Nothing is resampled.
+    Two files may store one grid with different axes; then each is turned by its own affine, also where they are less
+    than a voxel apart. Where they are farther apart and the files store equal shapes, an affine was lost: the scan is
+    turned as the reference is. Nothing is resampled.
 
     Raises:
         VolumeError: the shapes differ.
@@ -145,14 +146,15 @@ def align(scan: Scan, reference: Scan) -> tuple[Voxels, str | None]:
     shift = float(np.abs(own_affine - expected_affine).max())
     if own.shape == expected.shape and shift < AFFINE_TOLERANCE:
         return own, None
-    if scan.voxels.shape != reference.voxels.shape:
+    near = own.shape == expected.shape and shift < nib.affines.voxel_sizes(reference.affine).min()
+    if not near and scan.voxels.shape != reference.voxels.shape:
         raise VolumeError(
             f"{scan.path}: expected shape {reference.voxels.shape} as {reference.path.name} has, found "
             f"{scan.voxels.shape}: register and resample the files of a case to one grid"
         )
     trusted = reference.path.name
     warning = f"{scan.path.name}: its affine differs from that of {trusted} by up to {shift:.3g}; {trusted} is trusted"
-    return reorient(scan.voxels, reference.affine)[0], warning
+    return own if near else reorient(scan.voxels, reference.affine)[0], warning
 
 
 def _content(path: Path) -> bytes:

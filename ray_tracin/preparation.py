@@ -18,7 +18,7 @@ from ray_tracin.folders import Case, decide_dialect, find_cases
 from ray_tracin.nifti import VolumeError
 from ray_tracin.runs import Run
 from ray_tracin.stages import Result, Stage
-from ray_tracin.store import Array, IncompleteRunError
+from ray_tracin.store import Array, IncompleteRunError, Receipt
 from ray_tracin.vocabulary import CaseKey, Split
 from ray_tracin.volumes import (
     Inspection,
@@ -46,17 +46,27 @@ class Inspect(Stage[CaseKey]):
         """The cases of the data set."""
         return list(self._cases)
 
+    def stale(self, key: CaseKey, receipt: Receipt) -> bool:
+        """Whether a file of the case has been replaced, as long as slices aren't numbered: later it is too late."""
+        return not self._numbered and receipt.result.get("files") != _states(self._cases[key])
+
+    @cached_property
+    def _numbered(self) -> bool:
+        return self.run.store.read_receipt(Index.name, "slices") is not None
+
     def open(self) -> Callable[[CaseKey], Result]:
-        """The inspection of a case, or why it is skipped."""
+        """The inspection of a case, or why it is skipped; and the states of its files before they were read."""
         cases, data = self._cases, self.run.config.data
 
         def inspect(key: CaseKey) -> Result:
+            files = _states(cases[key])
             try:
-                return {"inspection": inspect_case(cases[key], data).to_json()}
+                return {"files": files, "inspection": inspect_case(cases[key], data).to_json()}
             except VolumeError as error:
                 if data.strict:
                     raise
-                return {"skipped": {"case": key.case, "path": cases[key].source, "reason": str(error)}}
+                skipped = {"case": key.case, "path": cases[key].source, "reason": str(error)}
+                return {"files": files, "skipped": skipped}
 
         return inspect
 
@@ -89,7 +99,10 @@ class Index(Stage[str]):
                 "(BraTS: a file ending in seg.nii.gz in each folder; CSV: a `label` column)"
             )
         values = {value for found in inspections for value in found.label_values}
-        scheme = decide_label_scheme(values, config.data, decide_dialect(found.case for found in inspections))
+        try:
+            scheme = decide_label_scheme(values, config.data, decide_dialect(found.case for found in inspections))
+        except ValueError as error:
+            raise ValueError(f"{error}\n  {_holders(inspections)}") from None
         splits = split_patients(labelled, config.split, config.seed)
         store.write_table(paths.SKIPPED, pd.DataFrame(skipped, columns=["case", "path", "reason"]).astype(str))
         self._create_arrays(sum(len(found.indices) for found in inspections), scheme)
@@ -170,18 +183,22 @@ class TabulateSlices(Stage[str]):
 
 def usable_cases(run: Run) -> tuple[list[Inspection], list[dict[str, str]]]:
     """The cases that can be used, and a row for each that is skipped, both by case."""
-    results = [receipt.result for receipt in run.store.receipts(Inspect.name).values()]
+    cases, unreadable = find_cases(run.config.data)
+    receipts = run.store.receipts(Inspect.name)
+    # Of a case that is gone by now there may be a receipt, of one that came meanwhile none.
+    found = [receipts.get(str(CaseKey(case.case))) for case in cases]
+    results = [receipt.result for receipt in found if receipt is not None]
     usable = [Inspection.from_json(result["inspection"]) for result in results if "inspection" in result]
     skipped = [dict(result["skipped"]) for result in results if "skipped" in result]
-    skipped += [_skipped_row(case.case, case.path, case.reason) for case in find_cases(run.config.data)[1]]
-    labelled = {found.case.patient for found in usable if found.case.label is not None}
+    skipped += [_skipped_row(case.case, case.path, case.reason) for case in unreadable]
+    labelled = {one.case.patient for one in usable if one.case.label is not None}
     # An examination without ground truth is only a query: were its patient trained on, it would explain itself.
-    leaking = [found.case for found in usable if found.case.label is None and found.case.patient in labelled]
+    leaking = [one.case for one in usable if one.case.label is None and one.case.patient in labelled]
     reason = "has no segmentation, and its patient has another examination that has one: add a segmentation"
     skipped += [_skipped_row(case.case, case.source, reason) for case in leaking]
     dropped = {case.case for case in leaking}
-    kept = [found for found in usable if found.case.case not in dropped]
-    return sorted(kept, key=lambda found: found.case.case), sorted(skipped, key=lambda row: row["case"])
+    kept = [one for one in usable if one.case.case not in dropped]
+    return sorted(kept, key=lambda one: one.case.case), sorted(skipped, key=lambda row: row["case"])
 
 
 def label_scheme(run: Run) -> LabelScheme:
@@ -246,6 +263,23 @@ def _slice_rows(entry: Mapping[str, Any], counted: Mapping[str, Result]) -> list
         }
         for position, index in enumerate(entry["indices"])
     ]
+
+
+def _states(case: Case) -> dict[str, list[int]]:
+    """Size and time of the last change of every file of a case; without those that aren't there."""
+    paths = [*case.modalities.values(), *([] if case.label is None else [case.label])]
+    states = {str(path): path.stat() for path in paths if path.exists()}
+    return {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}
+
+
+def _holders(inspections: Sequence[Inspection]) -> str:
+    """Which cases hold which label values: a stray one shows by the few that have it."""
+    values = sorted({value for found in inspections for value in found.label_values if value})
+    holders = {value: [found.case.case for found in inspections if value in found.label_values] for value in values}
+    return "; ".join(
+        f"{value} is in {len(cases)} of {len(inspections)} cases, such as {cases[0]}"
+        for value, cases in holders.items()
+    )
 
 
 def _skipped_row(case: str, path: str, reason: str) -> dict[str, str]:

@@ -100,6 +100,10 @@ class Stage(ABC, Generic[Key]):
         The work writes through ``run.store`` and returns small facts for the receipt.
         """
 
+    def stale(self, key: Key, receipt: Receipt) -> bool:
+        """Whether a key that is done must be done again, because what it was made from has changed outside the run."""
+        return False
+
     def write_layout(self) -> None:
         """Create the arrays that the keys write into; called once, before the first key, in one process."""
 
@@ -172,8 +176,8 @@ def complete(stage: Stage[Any], execute: Executor, listen: Listener) -> None:
         StageError: some keys failed; all others were done.
     """
     keys = stage.keys()
-    finished = {key for key, receipt in done_receipts(stage).items() if not receipt.released}
-    pending = [key for key in keys if str(key) not in finished]
+    finished = {key: receipt for key, receipt in done_receipts(stage).items() if not receipt.released}
+    pending = [key for key in keys if str(key) not in finished or stage.stale(key, finished[str(key)])]
     done, total = len(keys) - len(pending), len(keys)
     _ensure_layout(stage)
     if not keys:

@@ -20,6 +20,8 @@ from ray_tracin.vocabulary import Split
 
 LABEL_TOLERANCE = 1e-3
 """Largest distance of a label from an integer; segmentations that went through float hold 2.99999."""
+MOST_NEGATIVE = 0.01
+"""Share of an image's voxels that aren't 0 above which negative ones get a warning; interpolation leaves a few."""
 BACKGROUND = -1.0
 """Value of images outside the brain and outside the volume."""
 MOST_CLASSES = 255
@@ -117,6 +119,12 @@ def load_volume(case: Case) -> Volume:
     for scan, image in zip(scans.values(), images, strict=True):
         if not (image > 0).any():
             raise VolumeError(f"{scan.path}: expected an image, found no positive voxel: download the case again")
+        negative = np.count_nonzero(image < 0) / np.count_nonzero(image)
+        if negative > MOST_NEGATIVE:
+            warnings.append(
+                f"{scan.path.name}: {negative:.0%} of its voxels that aren't 0 are negative and become background; "
+                "intensities are expected as they were acquired, not normalised"
+            )
     if not reference.stated:
         warnings.append(f"{reference.path.name}: its header states no orientation; left and right are a guess (LAS)")
     labels = None if case.label is None else _integers(load_scan(case.label), reference, warnings)
@@ -387,6 +395,11 @@ def _brats_scheme(found: Sequence[int], dialect: Dialect) -> str:
         raise ValueError(
             f"label values {found} hold 4 in files named as since 2023 (t1n, t1c, t2w, t2f), where 3 is ET and 4 the "
             f"resection cavity: {advice}"
+        )
+    if found == [1]:
+        raise ValueError(
+            "the only label value is 1, as in a mask of the whole tumour, where BraTS has 1, 2 and 4 or 3: set "
+            "data.labels={1: tumour}, or data.label_scheme if it is the necrotic core of BraTS"
         )
     return "brats2023" if 3 in found or dialect == "brats2023" else "brats"
 
