@@ -24,7 +24,10 @@ SetName = tuple[int, str]
 
 @dataclass(frozen=True)
 class Ablate(Stage[SliceRange]):
-    """Mask every feature, and every set of them, on the test queries with ground truth; sums go into the receipts."""
+    """Mask every feature, and every set of them, on the slices of eq. 9; sums go into the receipts.
+
+    These are the validation slices with ground truth, or where the split has none, the test slices with it.
+    """
 
     name: ClassVar[str] = "ablation"
     uses_gpu: ClassVar[bool] = True
@@ -59,8 +62,10 @@ class Ablate(Stage[SliceRange]):
 
 
 def _ablated(run: Run, key: SliceRange) -> list[int]:
-    labelled = set(run.slices.loc[run.slices["labelled"], "slice"])
-    return [row for row in run.query_slices("test") if key.start <= row < key.stop and row in labelled]
+    table = run.slices[run.slices["labelled"]]
+    validation = table["split"] == "validation"
+    chosen = table.loc[validation if validation.any() else table["split"] == "test", "slice"]
+    return [int(row) for row in chosen if key.start <= row < key.stop]
 
 
 def class_sets(run: Run, features: int) -> dict[SetName, tuple[int, ...]]:

@@ -202,8 +202,8 @@ def _ranking(run: Run) -> str:
     explainers = run.config.explainers
     score = "influence (eq. 6)" if explainers.score == "raw" else "cosine influence"
     return (
-        f"by {score}; train regions in more than {explainers.max_share:.0%} of the first {explainers.list_length} "
-        "places of a class's lists are global explainers, and left out unless asked for"
+        f"by {score}; train regions among the first {explainers.list_length} of more than {explainers.max_share:.0%} "
+        "of a class's lists are global explainers, and left out unless asked for"
     )
 
 

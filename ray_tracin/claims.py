@@ -121,7 +121,8 @@ class Claim:
     def renew(self) -> None:
         """Give a sign of life, unless the run is another's by now."""
         newest = _newest(self._objects)
-        if newest is None or newest.number != self._number:
+        # Numbers begin again once a run was let go: another driver's claim may have the number of this one.
+        if newest is None or newest.number != self._number or newest.holder not in (None, self._holder):
             self._lost_to = (newest.holder if newest else None) or "another driver"
             return
         self._objects.put(_path(self._number), _to_bytes(self._holder))

@@ -343,7 +343,7 @@ def sketches(
         with _configuring(debug):
             opened = start_run(run, overrides=overrides or [])
         started = time.monotonic()
-        with cluster(address), progress(out) as listen, RayExecutor() as pool:
+        with cluster(address) as kind, progress(out) as listen, RayExecutor(elastic=kind == "cluster") as pool:
             index_sketches(opened, size, Executors(pool=pool, tables=pool), listen)
         out.print(f"done in {time.monotonic() - started:.0f} s: index of size {size} in {opened.uri}", markup=False)
         out.print(agreement_table(opened.table(f"sketch_agreement_{size}"), opened.classes))

@@ -104,8 +104,11 @@ def slices(box: Box) -> tuple[slice, ...]:
 
 
 def clipped(box: Box, space: Shape) -> Box:
-    """The part of a box that is inside."""
-    return tuple((max(start, 0), min(stop, length)) for (start, stop), length in zip(box, space, strict=True))
+    """The part of a box that is inside; empty, but inside, where none is."""
+    return tuple(
+        (min(max(start, 0), extent), min(max(stop, 0), extent))
+        for (start, stop), extent in zip(box, space, strict=True)
+    )
 
 
 def nonzero_boxes(values: Float[Tensor, "slice channel *space"]) -> list[Box | None]:

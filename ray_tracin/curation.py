@@ -47,7 +47,9 @@ def review_regions(
     table["loss"] = np.where(table["pixels"] > 0, 1 - table["dice"], 1.0)
     table = _with_self_influence(table, self_influence)
     table["percentile"] = table.groupby("class")["self_influence"].rank(pct=True)
-    table["loss_percentile"] = table.groupby("class")["loss"].rank(pct=True)
+    # Among those that can have the sign: others, whose loss is near 1, have signs of their own and would crowd it out.
+    agreeing = table["loss"].where((table["pixels"] > 0) & (table["overlap"] >= LOW_OVERLAP))
+    table["loss_percentile"] = agreeing.groupby(table["class"]).rank(pct=True)
     table["signs"] = [_signs(line, classes) for line in table.to_dict("records")]
     table["count"] = table["signs"].str.len()
     order = ["count", "percentile", "loss"]
@@ -70,7 +72,7 @@ def _signs(line: Mapping[Hashable, Any], classes: Sequence[str]) -> list[str]:
         found.append(f"{int(line['truth'])} pixels are annotated {name}; the network is confident of none")
     if line["percentile"] > 1 - OUTLYING:
         found.append(f"self-influence among the largest {OUTLYING:.0%} of {name}: little else supports it")
-    if pixels and line["overlap"] >= LOW_OVERLAP and line["loss_percentile"] > 1 - OUTLYING:
+    if line["loss_percentile"] > 1 - OUTLYING:
         found.append(f"region Dice {line['dice']:.2f}, among the lowest {OUTLYING:.0%} of {name}")
     return found
 

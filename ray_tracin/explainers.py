@@ -49,6 +49,15 @@ def without_self(
     return own
 
 
+def without_zeros(score: Float32[Tensor, "query column"]) -> Float32[Tensor, "query column"]:
+    """The scores, with NaN for queries on which every influence is 0: ranking them would rank the columns' numbers.
+
+    The gradient of such a region is 0, above all where no pixel of it is of its class in the ground truth.
+    """
+    nothing = ((score == 0) | score.isnan()).all(dim=1, keepdim=True)
+    return score.masked_fill(nothing, torch.nan)
+
+
 def count_lists(lists: Int64[Tensor, "query rank"], columns: int) -> Int64[Tensor, " column"]:
     """In how many lists each train region stands."""
     return torch.bincount(lists[lists != NONE], minlength=columns)

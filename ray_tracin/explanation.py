@@ -69,6 +69,8 @@ class RegionExplanation:
     def warnings(self) -> list[str]:
         """What a reader must know before believing the table."""
         found = list(self.missing)
+        if self.proponents.empty and self.opponents.empty:
+            found.append("nothing to rank: every influence on this region is 0 or left out")
         if not self.labelled:
             found.append("this slice has no ground truth: the network's own prediction stands in for it")
         elif self.overlap < LOW_OVERLAP:
@@ -227,7 +229,13 @@ def _query_position(run: Run, row: int) -> tuple[QuerySet, int]:
 
 def _no_region(run: Run, row: int, class_name: str) -> str:
     table = run.table("regions")
-    there = table[(table["slice"] == row) & (table["pixels"] > 0)]["class"]
+    there = table[(table["slice"] == row) & (table["pixels"] > 0)]["class"].tolist()
+    if run.classes.index(class_name) + 1 in there:
+        return (
+            f"the final network predicts {class_name} on this slice, but not all of its checkpoints do "
+            f"(regions.source is {run.config.regions.source}), so that this region has no influence; "
+            "`pixels_epoch_NN` in regions.parquet says which"
+        )
     names = ", ".join(run.classes[class_id - 1] for class_id in there) or "none"
     threshold = run.config.regions.threshold
     return (

@@ -14,6 +14,7 @@ from ray_tracin.stages import Stage, StageError
 SHOWN_FAILURES = 5
 VERDICT_SECONDS = 2.0
 PROCESS_DIED = "worker process has died"
+NODE_DIED = "node has died"
 OUT_OF_MEMORY = "running low on memory|OutOfMemory"
 """Ray's words: a process ended on a node that is alive, of itself or by Ray's own memory monitor."""
 
@@ -33,6 +34,11 @@ def ran_out_of_memory(error: BaseException) -> bool:
 def process_died(error: BaseException) -> bool:
     """Whether the worker's process ended, for whatever reason, on a node that is alive."""
     return ran_out_of_memory(error) or (isinstance(error, ActorDiedError) and _says(error, PROCESS_DIED))
+
+
+def node_died(error: BaseException) -> bool:
+    """Whether the worker went with its node."""
+    return isinstance(error, ActorDiedError) and _says(error, NODE_DIED)
 
 
 def _says(error: BaseException, words: str) -> bool:

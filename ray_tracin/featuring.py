@@ -24,6 +24,7 @@ from torch import Tensor
 from ray_tracin import store as paths
 from ray_tracin.assembly import AssembleStripes
 from ray_tracin.config import FeaturesConfig
+from ray_tracin.explainers import without_zeros
 from ray_tracin.explaining import global_columns
 from ray_tracin.features import classify_trend, importance_sums, is_predictive, region_maxima
 from ray_tracin.mapping import PREDICTED_SLICES, REGION_SLICES
@@ -159,7 +160,8 @@ class _StripeSums:
         queries = self._maxima[list(run.query_slices(key.query_set)[key.start : key.stop])]
         stripe, features = key.start // run.config.influence.tile_slices, self._train.shape[1]
         places = _places(run)[-1].stop
-        for position, rows in enumerate(influence):
+        for position, every in enumerate(influence):
+            rows = without_zeros(every)
             rows[:, self._left_out[position]] = torch.nan
             for start, stop in ranges(features, _chunk_features(places, features)):
                 sums, counts = self._ranked(rows, queries[:, position, start:stop], self._train[:, start:stop])

@@ -5,8 +5,9 @@ does the two things that running can't: it restores the configuration's own file
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,16 +122,38 @@ def _missing(evidence: _Evidence) -> Iterator[tuple[str, str]]:
 
 
 def _foreign(run: Run, evidence: _Evidence) -> list[str]:
-    source = f"{run.config.data.root}/".removeprefix(f"{run.uri}/")  # the demo keeps its patients inside the run
     known = {file.path for receipt in evidence.receipts for file in receipt.files}
     known |= {paths.CONFIG, paths.VERSIONS, *(receipt.path for receipt in evidence.receipts), *evidence.unreadable}
     for path in evidence.unreadable:  # What a damaged receipt still names is its key's, not a stranger's.
         known |= {name.decode(errors="replace") for name in _PATHS.findall(run.store.objects.get(path))}
+    outputs = {path.split("/")[0] for path in known}
+    kept = (*_patients_inside(run, outputs), f"{ATTEMPTS}/")
     return [
         f"{path}: belongs to no finished key"
         for path in run.store.objects.everything()
-        if not (path in known or path.startswith((source, f"{ATTEMPTS}/")) or is_claim(path))
+        if not (path in known or path.startswith(kept) or is_claim(path))
     ]
+
+
+def _patients_inside(run: Run, outputs: Set[str]) -> tuple[str, ...]:
+    """Where in the run's own folder its patients lie, as the demo's do, also after both were moved; none elsewhere.
+
+    ``outputs``: the first parts of paths that stages write to, which are no place for patients.
+    """
+    if run.config.data.root is None or not run.store.objects.is_local:
+        return ()
+    home, root = Path(run.uri).resolve(), Path(run.config.data.root).expanduser().resolve()
+    # The last part of the path that leads somewhere in the run: all of it where nothing was moved.
+    ends = (
+        [root.relative_to(home)]
+        if root.is_relative_to(home)
+        else [Path(*root.parts[at:]) for at in range(1, len(root.parts))]
+    )
+    found = next((end for end in ends if end.parts and (home / end).exists() and end.parts[0] not in outputs), None)
+    if found is None:
+        return ()
+    folder = found.parent if found.suffix.lower() == ".csv" else found
+    return (found.as_posix(), *((f"{folder.as_posix()}/",) if folder.parts else ()))
 
 
 def _assembled(evidence: _Evidence) -> bool:

@@ -77,7 +77,8 @@ def _localized(func: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...]
     else:
         return None
     kernel = tuple(weight.shape[2:])
-    if isinstance(padding, str) or weight.requires_grad or math.prod(kernel) == 1 or values.dim() != weight.dim():
+    learning = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if isinstance(padding, str) or learning or math.prod(kernel) == 1 or values.dim() != weight.dim():
         return None
     geometry = Geometry(kernel, tuple(stride), tuple(dilation), tuple((width, width) for width in padding), groups)
     return values, weight, bias, geometry, func in _TRANSPOSED, tuple(extra)

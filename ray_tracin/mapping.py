@@ -50,7 +50,7 @@ class MapRegions(Stage[SliceRange]):
                 chunks=(REGION_SLICES, classes, size, size),
                 dtype="bool",
                 dimensions=("slice", "class", "h", "w"),
-                attributes={**about, "network": network},
+                attributes={**about, "source": _source_of(network), "network": network},
             )
         run.store.create_array(
             paths.REGION_LABELS,
@@ -106,6 +106,11 @@ def _predict(network: nn.Module, images: Tensor, device: torch.device) -> Tensor
     with torch.inference_mode():
         parts = [network(batch.to(device)).float().cpu() for batch in images.split(PREDICTED_SLICES)]
     return torch.cat(parts)
+
+
+def _source_of(network: str) -> str:
+    """The ``regions.source`` under which a network's masks are the ones in use."""
+    return FINAL if network == FINAL else "checkpoint"
 
 
 def _whole(key: SliceRange, shape: Sequence[int]) -> tuple[slice, ...]:

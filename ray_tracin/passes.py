@@ -104,14 +104,16 @@ class Passes:
     def _watch_output(self, unit: Unit, output: Any) -> Any:
         leaves, structure = tree_flatten(output)
         number = len(self._calls[unit.name]) - 1
+        # One of several may be made from another: a tensor of its own sees only what comes from outside the unit.
+        alone = sum(_is_differentiable(leaf) for leaf in leaves) == 1
         return tree_unflatten(
-            [self._watched(leaf, unit, number, place) for place, leaf in enumerate(leaves)], structure
+            [self._watched(leaf, unit, number, place, alone) for place, leaf in enumerate(leaves)], structure
         )
 
-    def _watched(self, leaf: Any, unit: Unit, number: int, place: int) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+    def _watched(self, leaf: Any, unit: Unit, number: int, place: int, alone: bool) -> Any:
+        if not _is_differentiable(leaf):
             return leaf
-        tied = leaf if leaf.requires_grad else leaf + self._anchor
+        tied = leaf if leaf.requires_grad and alone else leaf + self._anchor
         if tied.requires_grad:
             # A hook on the tensor, not on the module: it sees the gradient of what the unit wrote even where the
             # network goes on to change that in place.
@@ -149,6 +151,10 @@ class Passes:
         length = (segment.length - segment.input_values) // self._classes
         start = segment.offset + segment.input_values + column * length
         return self._values[:, start : start + length]
+
+
+def _is_differentiable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def _formula(segment: Segment, call: Call, output_gradient: Tensor, slices: int) -> Float[Tensor, "slice column"]:

@@ -4,8 +4,8 @@ Every command first completes what its stage needs. Gradient shards and tiles al
 not kept, so that the disk holds the shards of one checkpoint at a time.
 """
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,13 @@ def run_to(run: Run, step: str, executors: Executors, listen: Listener) -> None:
         ClaimHeldError: another driver computes the run.
         ClaimLostError: another driver has taken the run over meanwhile.
     """
+    with _driven(run, listen) as listener:
+        _steps_to(run, step, executors, listener)
+
+
+@contextmanager
+def _driven(run: Run, listen: Listener) -> Iterator[Listener]:
+    """A listener that ends the work where the run is another driver's by then; at the end events are published."""
     with driving(run.store.objects) as claim:
         refuse_another_configuration(run)
 
@@ -69,14 +76,17 @@ def run_to(run: Run, step: str, executors: Executors, listen: Listener) -> None:
             listen(event)
 
         try:
-            for name in STEPS[: STEPS.index(step) + 1]:
-                # Shards may be freed once their tiles are done: only their own command insists on having all of them.
-                if name == "gradients" and step != "gradients":
-                    continue
-                _STEPS[name](run, executors, listen_while_it_is_ours)
+            yield listen_while_it_is_ours
         finally:
             with suppress(OSError):  # Storage that refuses has been, or will be, reported by what matters more.
                 publish_events(run, stage_names(run))
+
+
+def _steps_to(run: Run, step: str, executors: Executors, listen: Listener) -> None:
+    for name in STEPS[: STEPS.index(step) + 1]:
+        # Shards may be freed once their tiles are done: only their own command insists on having all of them.
+        if name != "gradients" or step == "gradients":
+            _STEPS[name](run, executors, listen)
 
 
 def refuse_another_configuration(run: Run) -> None:
@@ -97,9 +107,10 @@ def index_sketches(run: Run, size: int, executors: Executors, listen: Listener) 
     Raises:
         StageError: as `run_to`.
     """
-    run_to(run, "influence", executors, listen)
-    for stage in (IndexSketches(run, size), MeasureSketches(run, size)):
-        complete(stage, executors.pool, listen)
+    with _driven(run, listen) as listener:
+        _steps_to(run, "influence", executors, listener)
+        for stage in (IndexSketches(run, size), MeasureSketches(run, size)):
+            complete(stage, executors.pool, listener)
 
 
 def _prepare(run: Run, executors: Executors, listen: Listener) -> None:
@@ -154,10 +165,19 @@ def _tiles_of(run: Run, epochs: tuple[int, ...], executors: Executors, listen: L
             complete(ComputeTiles(run, epochs, fused=True), executors.pool, listen)
             return
     keep = run.config.gradients.keep
-    complete(Differentiate(run, epochs if keep else missing), executors.pool, listen)
+    shards = {*missing, *(_stored(run, epochs) if keep else ())}
+    if shards:
+        complete(Differentiate(run, tuple(sorted(shards))), executors.pool, listen)
     complete(tiles, executors.pool, listen)
     if not keep:
         release_gradients(run, epochs)
+
+
+def _stored(run: Run, epochs: tuple[int, ...]) -> set[int]:
+    """The checkpoints of which the run holds every shard: a damaged one is made again, though no tile needs it."""
+    held = {key for key, receipt in run.store.receipts(Differentiate.name).items() if not receipt.released}
+    keys = Differentiate(run, epochs).keys()
+    return set(epochs) - {key.epoch for key in keys if str(key) not in held}
 
 
 def refuse_what_does_not_fit(run: Run) -> None:

@@ -348,15 +348,18 @@ def plan_of(run: Run) -> Plan:
 
 
 def _plan_by_patients(config: RunConfig, uri: str | None, patients: int | None) -> Plan:
+    examinations = 1.0
     if patients is None:
         if config.data.root is None:
             raise ValueError("how many patients? Give data.root (--set data.root=…) or --patients N")
-        patients = len({case.patient for case in find_cases(config.data)[0]})
-    per_patient = len(config.data.slices.indices) or config.data.slices.count
+        cases = find_cases(config.data)[0]
+        patients = len({case.patient for case in cases})
+        examinations = len(cases) / patients
+    per_patient = examinations * (len(config.data.slices.indices) or config.data.slices.count)
     validation, test = round(patients * config.split.validation), round(patients * config.split.test)
     train = patients - validation - test
     classes = len(config.data.labels or range(3))
-    return _plan(config, train * per_patient, (test or validation) * per_patient, classes, uri)
+    return _plan(config, round(train * per_patient), round((test or validation) * per_patient), classes, uri)
 
 
 def _plan(config: RunConfig, train: int, test: int, classes: int, uri: str | None) -> Plan:

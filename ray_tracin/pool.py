@@ -21,7 +21,16 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ray_tracin.assignment import TRIES, Assignment
-from ray_tracin.faults import cause_of, process_died, ran_out_of_memory, reason, repeats, stage_error, verdict
+from ray_tracin.faults import (
+    cause_of,
+    node_died,
+    process_died,
+    ran_out_of_memory,
+    reason,
+    repeats,
+    stage_error,
+    verdict,
+)
 from ray_tracin.stages import Attempt, Outcome, Report, Stage, StageWorker
 from ray_tracin.store import now
 
@@ -163,8 +172,10 @@ class Pool:
         """What the next worker holds: more memory, so that fewer share a node, after one ran out of it."""
         if "memory" not in self.options or not self._lightened:
             return dict(self.options)
-        more = {**self.options, "memory": self.options["memory"] * 2**self._lightened}
-        return more if room_for(more) else dict(self.options)
+        doubled = (
+            {**self.options, "memory": self.options["memory"] * 2**times} for times in range(self._lightened, 0, -1)
+        )
+        return next((more for more in doubled if room_for(more)), dict(self.options))
 
     def _sick(self) -> set[str]:
         """Nodes whose workers keep dying, unless no other node has room."""
@@ -226,7 +237,10 @@ class Pool:
         except RayTaskError as error:
             self._start_failed(worker, cause_of(error), "opening a worker")
         except RayError as error:
-            self._start_failed(worker, error, "starting a worker")
+            if node_died(error):
+                self._lose(worker, error, "lost")  # Which says nothing of the next node.
+            else:
+                self._start_failed(worker, error, "starting a worker")
         else:
             worker.ready, worker.idle_since = True, time.monotonic()
             self._failed_starts = 0

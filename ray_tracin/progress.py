@@ -22,6 +22,8 @@ class _Told:
     """What has been told of a stage."""
 
     began: float
+    """Seconds of earlier parts included."""
+    part_began: float
     before: int
     printed: float
     computed: int = 0
@@ -75,10 +77,10 @@ class PlainLines:
         if event.kind == "again":
             self._print(f"{event.stage}: {event.key} is tried again, {event.detail}")
             return
-        fresh, spent = event.done - told.before, now - told.began
+        fresh, spent, spent_on_part = event.done - told.before, now - told.began, now - told.part_began
         left = ""
-        if event.kind == "done" and fresh and spent:
-            rate = fresh / spent
+        if event.kind == "done" and fresh and spent_on_part:
+            rate = fresh / spent_on_part
             left = f", {60 * rate:.1f} keys a minute, about {(event.total - event.done) / rate:.0f} s left"
         again = f", {told.again} tried again" if told.again else ""
         self._print(f"{event.stage}: {event.done}/{event.total} in {spent:.1f} s{left}{again} {event.detail}".rstrip())
@@ -88,7 +90,7 @@ class PlainLines:
         now = time.monotonic()
         if event.stage not in self._stages or event.kind == "begin":
             earlier = self._stages.get(event.stage)
-            told = _Told(now, event.done, now)
+            told = _Told(now, now, event.done, now)
             if earlier is not None:  # A stage of several parts, such as gradients that are freed between checkpoints.
                 told.began -= (earlier.ended or now) - earlier.began
                 told.computed, told.again = earlier.computed, earlier.again

@@ -22,6 +22,7 @@ from ray_tracin.attribution import (
     region_exists,
 )
 from ray_tracin.config import DataConfig, SliceSelection
+from ray_tracin.explainers import without_zeros
 from ray_tracin.folders import Case, find_cases
 from ray_tracin.indexing import (
     agreement_path,
@@ -93,9 +94,18 @@ class ScanExplanation:
         cases = self.regions.loc[~self.regions["labelled"].astype(bool), "case"].unique()
         if len(cases):
             found.append(f"{', '.join(cases)}: no ground truth, the network's own prediction stands in for it")
+        unranked = self._unranked()
+        if unranked:
+            found.append(f"{'; '.join(unranked)}: the gradient is 0, and so is every influence: nothing to rank")
         if self.size:
             found.append(f"influence is estimated by sketches of size {self.size}; {_worth(self.agreement)}")
         return found
+
+    def _unranked(self) -> list[str]:
+        region = ["case", "index", "class_name"]
+        ranked = set(self.ranking[region].itertuples(index=False, name=None))
+        lines = self.regions[region].itertuples(index=False, name=None)
+        return [f"{case}, slice {index}, {name}" for case, index, name in lines if (case, index, name) not in ranked]
 
 
 def explain_scan(
@@ -260,6 +270,7 @@ def _region_table(run: Run, scan: Scan) -> pd.DataFrame:
 
 def _rankings(run: Run, scan: Scan, influence: Tensor, k: int) -> pd.DataFrame:
     train = _train_table(run)
+    ranked = torch.stack([without_zeros(queries) for queries in influence])
     frames = [
         train.iloc[columns].assign(
             case=scan.table["case"].iloc[position],
@@ -273,7 +284,7 @@ def _rankings(run: Run, scan: Scan, influence: Tensor, k: int) -> pd.DataFrame:
         for class_id, position in _existing(influence)
         for side, columns in zip(
             ("proponent", "opponent"),
-            (found.tolist() for found in rank_influence(influence[class_id - 1, position], k)),
+            (found.tolist() for found in rank_influence(ranked[class_id - 1, position], k)),
             strict=True,
         )
     ]

@@ -100,13 +100,19 @@ class RayExecutor:
         """
         if stage.processes > 1:
             self.close()
-            _execute_together(stage, keys, report)
+            options = _resource_options(stage, float(stage.run.config.resources.training_threads))
+            self._refuse_what_never_comes(stage, options)
+            _execute_together(stage, keys, report, options)
             return
         if stage.sequential:
             self.close()
-            _execute_in_order(stage, keys, report)
+            threads = min(float(stage.run.config.resources.training_threads), _most_cpus())
+            options = _resource_options(stage, threads)
+            self._refuse_what_never_comes(stage, options)
+            _execute_in_order(stage, keys, report, options)
             return
         options = _resource_options(stage, float(stage.run.config.resources.threads))
+        self._refuse_what_never_comes(stage, options)
         need = self._need(stage)
         if need is not None:
             refuse_nodes_without_memory(stage, options, need)
@@ -115,6 +121,22 @@ class RayExecutor:
             self.close()
             self._pool = Pool(options, elastic=self._elastic)
         self._pool.execute(stage, keys, report)
+
+    def _refuse_what_never_comes(self, stage: Stage[Any], options: dict[str, Any]) -> None:
+        """Nothing, if the cluster has room for the processes of a stage, or may grow."""
+        if self._elastic or room_for(options) >= stage.processes:
+            return
+        resources, here = stage.run.config.resources, ray.cluster_resources()
+        wanted = f"{options['num_gpus']:g} GPUs" if "num_gpus" in options else f"{options['num_cpus']:g} CPUs"
+        settings = (
+            f"resources.device={resources.device} or resources.gpus_per_worker"
+            if "num_gpus" in options
+            else "resources.threads or resources.training_threads"
+        )
+        raise ValueError(
+            f"stage {stage.name} wants {stage.processes} × {wanted}, and Ray has {here.get('CPU', 0):g} CPUs and "
+            f"{here.get('GPU', 0):g} GPUs here, and won't get more: change {settings}, or give --address of a cluster"
+        )
 
     def _need(self, stage: Stage[Any]) -> int | None:
         if self._planned is None or self._planned[0] != stage.run.config:
@@ -158,11 +180,13 @@ def refuse_nodes_without_memory(stage: Stage[Any], options: dict[str, Any], need
     )
 
 
-def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Report) -> None:
+def _most_cpus() -> float:
+    """Those of the node that has most; 1 where no node has any yet."""
+    return max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0) or 1.0
+
+
+def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Report, options: dict[str, Any]) -> None:
     """One Ray task that does the keys in order and hands each back as it is done; started anew where it stopped."""
-    resources = stage.run.config.resources
-    cpus = min(float(resources.training_threads), ray.cluster_resources().get("CPU", 1.0))
-    options = _resource_options(stage, cpus)
     left, strikes = deque(keys), 0
     while left:
         began = now()
@@ -183,9 +207,8 @@ def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Report) ->
             report(left[0], Attempt(outcome, reason(error), started=began, seconds=now() - began))
 
 
-def _execute_together(stage: Stage[Any], keys: Sequence[Any], report: Report) -> None:
+def _execute_together(stage: Stage[Any], keys: Sequence[Any], report: Report, options: dict[str, Any]) -> None:
     """Several processes that do each key together, through Ray Train, which takes seconds to import."""
-    options = _resource_options(stage, float(stage.run.config.resources.training_threads))
     # Ray Train wants a CPU for each process, and whole GPUs.
     wanted = {"CPU": options["num_cpus"] or 1.0, **({"GPU": 1.0} if "num_gpus" in options else {})}
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ray_tracin import store as paths
 from ray_tracin.assembly import train_regions
-from ray_tracin.explainers import cosine_influence, gradient_norms, without_self
+from ray_tracin.explainers import cosine_influence, gradient_norms, without_self, without_zeros
 from ray_tracin.runs import Run
 from ray_tracin.vocabulary import QuerySet, Stripe
 
@@ -23,7 +23,7 @@ class ClassScores:
     influence: Tensor
     cosine: Tensor
     ranked: Tensor
-    """One of the two: what ranks."""
+    """One of the two, what ranks; NaN where every influence on a query is 0."""
 
     @property
     def queries(self) -> int:
@@ -83,7 +83,7 @@ class StripeReader:
         train = self._norms["train"].flatten() if "train" in self._norms else None
         cosine = torch.full_like(influence, torch.nan) if train is None else cosine_influence(influence, norms, train)
         by_cosine = self._run.config.explainers.score == "cosine"
-        return ClassScores(query_class, influence, cosine, cosine if by_cosine else influence)
+        return ClassScores(query_class, influence, cosine, cosine if by_cosine else without_zeros(influence))
 
 
 def patients_of(run: Run, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.object_]:
