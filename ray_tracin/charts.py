@@ -20,6 +20,8 @@ COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#C
 """Of the classes, in order (Okabe and Ito)."""
 PREDICTIVE, OTHERS = "#0072B2", "#999999"
 PERMUTATIONS = 9999
+LEAST_P = 0.001
+"""That is written out."""
 WIDTH_INCHES = 7.2
 """Of a printed page: text keeps the size that it has here."""
 
@@ -113,7 +115,8 @@ def draw_feature_impact(run: Run) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.tick_params(labelsize=7)
     figure.axes[0].set_ylabel("density of features", fontsize=8)
-    handles, names = figure.axes[0].get_legend_handles_labels()
+    legends = [axis.get_legend_handles_labels() for axis in figure.axes]
+    handles, names = max(legends, key=lambda legend: len(legend[0]))  # A class that no slice has draws nothing.
     figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
 
@@ -139,7 +142,8 @@ def compared(predictive: Float[np.ndarray, "..."], others: Float[np.ndarray, "..
     if not predictive.size or not others.size:
         return f"{predictive.size} predictive, {others.size} others: nothing to compare"
     difference = float(predictive.mean() - others.mean())
-    return f"{predictive.size} predictive: {difference:+.4f}, p = {_permutation_p(predictive, others):.3f}"
+    p = _permutation_p(predictive, others)
+    return f"{predictive.size} predictive: {difference:+.4f}, {f'p = {p:.3f}' if p >= LEAST_P else f'p < {LEAST_P}'}"
 
 
 def _permutation_p(predictive: Float[np.ndarray, "..."], others: Float[np.ndarray, "..."]) -> float:

@@ -80,6 +80,12 @@ class DataConfig(Section):
     strict: bool = False
     """Fail on the first patient that cannot be read instead of listing it in ``skipped.parquet``."""
 
+    @model_validator(mode="after")
+    def _modalities_differ(self) -> "DataConfig":
+        if len(set(self.modalities)) < len(self.modalities):
+            raise ValueError(f"modalities must be different, got {list(self.modalities)}")
+        return self
+
 
 class SplitConfig(Section):
     """The patient-wise split. Without a test share, the test queries are the validation slices."""

@@ -157,6 +157,7 @@ def _slices(run: Run, rows: Sequence[int], parts: pd.DataFrame, images: bool) ->
     return {
         "row": list(rows),
         "patient": table["patient"].tolist(),
+        "case": table["case"].tolist(),
         "index": table["index"].tolist(),
         "split": table["split"].tolist(),
         "labelled": table["labelled"].astype(bool).tolist(),

@@ -57,6 +57,8 @@ class RegionExplanation:
     """The predictive features of the class (pooled ranking), most important at the first proponent first."""
     global_explainers: int
     """How many train regions are global explainers for queries of the class."""
+    read_with: str = ""
+    """The warnings that the patient was read with."""
     missing: tuple[str, ...] = ()
     """What this run has not computed yet, and the explanation lacks."""
 
@@ -68,7 +70,7 @@ class RegionExplanation:
     @property
     def warnings(self) -> list[str]:
         """What a reader must know before believing the table."""
-        found = list(self.missing)
+        found = [*self.missing, *([f"read with a warning: {self.read_with}"] if self.read_with else [])]
         if self.proponents.empty and self.opponents.empty:
             found.append("nothing to rank: every influence on this region is 0 or left out")
         if not self.labelled:
@@ -111,8 +113,9 @@ def explain_region(
     lists = {name: _first(key, left_out, k) for name, key in keys.items()}
     rows = {name: _ranking(run, scores, found, is_global) for name, found in lists.items()}
     about = region_features(run, row, class_id, features)
+    mine = run.slices.set_index("slice").loc[row]
     return RegionExplanation(
-        patient=str(run.slices.set_index("slice").loc[row, "patient"]),
+        patient=str(mine["patient"]),
         index=index,
         class_name=class_name,
         slice=row,
@@ -126,6 +129,7 @@ def explain_region(
         **{name: _with_links(run, ranking, about, features) for name, ranking in rows.items()},
         features=features,
         global_explainers=int(is_global.sum()),
+        read_with=str(mine["warnings"]),
         missing=missing,
     )
 

@@ -150,6 +150,7 @@ def draw_modalities(run: Run) -> Figure:
         axis.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         axis.set_title(name, fontsize=8)
         axis.set_axis_off()
+    mark_sides(axes[0])
     for class_id, name in enumerate(run.classes, start=1):
         colour = class_colours(class_id)[-1]
         overlay = np.zeros((*labels.shape, 4))

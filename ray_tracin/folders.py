@@ -37,7 +37,7 @@ KNOWN_LAYOUTS = (
 
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _BRATS_NAME = re.compile(r"brats", re.IGNORECASE)
-_TIME_POINT = re.compile(r"^(BraTS-.+-\d{4,})-\d{3}$", re.IGNORECASE)
+_TIME_POINT = re.compile(r"^(BraTS-.+\d{4,})-\d{3}$", re.IGNORECASE)
 _NEW_NAME = re.compile(r"[-_](t1n|t1c|t2w|t2f)\.nii", re.IGNORECASE)
 _ROW = re.compile(r"\.csv:\d+$", re.IGNORECASE)
 _SUBJECT_COLUMN = re.compile(r"^BraTS_\d{4}_subject_ID$", re.IGNORECASE)
@@ -176,7 +176,8 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:
         if resolved in seen:  # links may form a loop
             continue
         seen.add(resolved)
-        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        # What macOS adds to archives looks like cases whose files are damaged.
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX")))
         below = [path for path in entries if path.is_dir() and not _NIFTI.search(path.name)]
         pending.extend(reversed(below))
         yield folder, [path for path in entries if path not in below]
@@ -295,10 +296,13 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and stripped values of every row that isn't blank."""
     with path.open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.DictReader(stream)
-        for row in reader:
-            values = {str(column).strip(): str(value or "").strip() for column, value in row.items() if column}
-            if any(values.values()):
-                yield reader.line_num, values
+        try:
+            for row in reader:
+                values = {str(column).strip(): str(value or "").strip() for column, value in row.items() if column}
+                if any(values.values()):
+                    yield reader.line_num, values
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected text in UTF-8, found other bytes: save it as UTF-8 ({error})") from None
 
 
 def _listed_cases(listing: Path, config: DataConfig) -> Iterator[Case | Skipped]:

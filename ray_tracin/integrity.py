@@ -17,6 +17,7 @@ from ray_tracin.assembly import AssembleStripes
 from ray_tracin.attribution import Differentiate, region_exists
 from ray_tracin.claims import driving, is_claim
 from ray_tracin.costs import EVENTS_KEY
+from ray_tracin.folders import LISTING
 from ray_tracin.pipeline import all_stages
 from ray_tracin.runs import RECORD, Run, open_run, restore_configuration
 from ray_tracin.stages import ATTEMPTS, LAYOUT, Stage
@@ -131,7 +132,8 @@ def _foreign(run: Run, evidence: _Evidence) -> list[str]:
     return [
         f"{path}: belongs to no finished key"
         for path in run.store.objects.everything()
-        if not (path in known or path.startswith(kept) or is_claim(path))
+        # A run writes no NIfTI: such a file is somebody's image, wherever it lies.
+        if not (path in known or path.startswith(kept) or path.lower().endswith((".nii", ".nii.gz")) or is_claim(path))
     ]
 
 
@@ -151,7 +153,7 @@ def _patients_inside(run: Run, outputs: Set[str]) -> tuple[str, ...]:
     )
     found = next((end for end in ends if end.parts and (home / end).exists() and end.parts[0] not in outputs), None)
     if found is None:
-        return ()
+        return (LISTING,) if root == home else ()
     folder = found.parent if found.suffix.lower() == ".csv" else found
     return (found.as_posix(), *((f"{folder.as_posix()}/",) if folder.parts else ()))
 

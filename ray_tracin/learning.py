@@ -9,7 +9,8 @@ import pandas as pd
 import torch
 
 from ray_tracin import store as paths
-from ray_tracin.runs import FINAL, Run, pick_device
+from ray_tracin.objects import checksum
+from ray_tracin.runs import FINAL, Run, pick_device, torch_bytes
 from ray_tracin.stages import Result, Stage
 from ray_tracin.store import Receipt
 from ray_tracin.training import Trainer
@@ -78,6 +79,7 @@ def train_to(run: Run, trainer: Trainer, key: EpochKey, *, writes: bool) -> dict
     if not writes:
         return {}
     weights = trainer.weights()
+    _refuse_another_network(run, key, weights)
     run.save_torch(paths.checkpoint_path(str(key)), weights)
     run.save_torch(_state_path(key), trainer.state())
     if key.epoch == run.config.training.epochs:
@@ -86,6 +88,21 @@ def train_to(run: Run, trainer: Trainer, key: EpochKey, *, writes: bool) -> dict
     publish_checkpoints(run, {**_finished_rows(run), str(key): row}, recorded=False)
     drop_states(run, before=key.epoch - 1)
     return row
+
+
+def _refuse_another_network(run: Run, key: EpochKey, weights: Mapping[str, Any]) -> None:
+    """Nothing, unless the epoch was finished before with other weights: what the run holds was built on those."""
+    earlier, path = run.store.read_receipt(Train.name, str(key)), paths.checkpoint_path(str(key))
+    if earlier is None or earlier.fingerprint != run.fingerprint:
+        return
+    before = next((file for file in earlier.files if file.path == path), None)
+    if before is None or before.crc32c == checksum(torch_bytes(weights)):
+        return
+    raise ValueError(
+        f"a file of {key} was lost or damaged, and training again gave another network than {earlier.worker} had made: "
+        "another number of threads, CPU or GPU rounds otherwise. Regions and gradients were made with the former one: "
+        f"restore {path} from a copy, go on where it was made, or begin a new run"
+    )
 
 
 def _rewind(run: Run, trainer: Trainer, key: EpochKey) -> None:

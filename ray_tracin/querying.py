@@ -64,7 +64,7 @@ class Scan:
     """The slices of new examinations, with the labels that scores refer to: the truth, or the network's prediction."""
 
     table: pd.DataFrame
-    """A row a slice: case, index, labelled."""
+    """A row a slice: case, index, labelled, and the warnings that its case was read with."""
     images: Tensor
     labels: Tensor
     masks: Tensor
@@ -78,7 +78,7 @@ class ScanExplanation:
     """What the training set has to do with the regions of a new scan."""
 
     regions: pd.DataFrame
-    """A row a region: case, index, class_id, class_name, pixels, overlap, dice, labelled."""
+    """A row a region: case, index, class_id, class_name, pixels, overlap, dice, labelled, warnings."""
     ranking: pd.DataFrame
     """A row a region, side (proponent or opponent) and rank: case, index and class_id of the region; influence; and of
     the train region train_slice, patient, train_index, train_class_id, train_class, overlap."""
@@ -94,6 +94,8 @@ class ScanExplanation:
         cases = self.regions.loc[~self.regions["labelled"].astype(bool), "case"].unique()
         if len(cases):
             found.append(f"{', '.join(cases)}: no ground truth, the network's own prediction stands in for it")
+        read = self.regions.loc[self.regions["warnings"] != "", ["case", "warnings"]].drop_duplicates()
+        found += [f"{case}: read with a warning: {warnings}" for case, warnings in read.itertuples(index=False)]
         unranked = self._unranked()
         if unranked:
             found.append(f"{'; '.join(unranked)}: the gradient is 0, and so is every influence: nothing to rank")
@@ -193,7 +195,8 @@ def _cut(run: Run, case: Case, data: DataConfig) -> tuple[pd.DataFrame, Tensor, 
     labels = torch.zeros((len(images), *images.shape[2:]), dtype=torch.uint8)
     if cut.labels is not None:
         labels = torch.from_numpy(cut.labels)
-    return pd.DataFrame({"case": case.case, "index": chosen, "labelled": cut.labels is not None}), images, labels
+    about = {"case": case.case, "labelled": cut.labels is not None, "warnings": "; ".join(volume.warnings)}
+    return pd.DataFrame({"index": chosen, **about}), images, labels
 
 
 def _logits(run: Run, network: str, images: Tensor) -> Tensor:

@@ -133,9 +133,7 @@ class Run:
 
     def save_torch(self, path: str, values: Mapping[str, Any]) -> None:
         """Write a file of tensors and plain values; recorded for the receipt."""
-        sink = BytesIO()
-        torch.save(dict(values), sink)
-        self.store.write_bytes(path, sink.getvalue())
+        self.store.write_bytes(path, torch_bytes(values))
 
     def influence(self, query_set: QuerySet = "train") -> ZarrArray:
         """The influence tensor of a query set: float32 (query_class, query, train), NaN where a region is absent.
@@ -148,6 +146,13 @@ class Run:
         """A table by its name: slices, regions, checkpoints, skipped, events, or one of ``tables/``."""
         top = {"slices", "regions", "checkpoints", "skipped", "events"}
         return self.store.read_table(f"{name}.parquet" if name in top else f"tables/{name}.parquet")
+
+
+def torch_bytes(values: Mapping[str, Any]) -> bytes:
+    """A file of tensors and plain values; equal ones give the same bytes."""
+    sink = BytesIO()
+    torch.save(dict(values), sink)
+    return sink.getvalue()
 
 
 def pick_device(run: Run) -> torch.device:

@@ -107,7 +107,8 @@ folder.mkdir()
 small = dict(object_store_memory=80 << 20)
 cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, include_dashboard=False, **small))
 sick = {"env_vars": {"SICK": "1"}} if mode == "sick" else {}
-nodes = [cluster.add_node(num_cpus=1, **small), cluster.add_node(num_cpus=1, **small, **sick)]
+sizes = [3] if mode == "between" else [1, 1]
+nodes = [cluster.add_node(num_cpus=cpus, **small, **(sick if at else {})) for at, cpus in enumerate(sizes)]
 ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
 run = start_run(folder / "run", preset="demo", overrides=["resources.lease_seconds=20"])
 troubles = {start: "sick always" for start in range(0, 80, 2)}
@@ -124,6 +125,15 @@ def listen(event):
 
 with RayExecutor(elastic=True) as pool:
     complete(stage, pool, listen)
+    if mode == "between":
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        while any(node["Alive"] and node["Resources"].get("CPU") for node in ray.nodes()):
+            time.sleep(0.2)
+        threading.Timer(5, lambda: cluster.add_node(num_cpus=1, **small)).start()
+        (folder / "later").mkdir()
+        run = start_run(folder / "next", preset="demo")
+        stage = Square(run, folder / "later", length=20)
+        complete(stage, pool, lambda event: None)
 seconds = time.monotonic() - started
 events = collect_events(run, [stage.name])
 print(json.dumps({
@@ -147,6 +157,12 @@ def test_a_node_is_lost_and_another_comes(tmp_path: Path) -> None:
     assert disturbed["extra"] <= 2, "what the lost worker had in hand"
     assert disturbed["counted"] == disturbed["extra"] or disturbed["counted"] == 1
     assert disturbed["seconds"] <= 2 * calm["seconds"], (disturbed, calm)
+
+
+def test_nodes_that_go_between_two_stages_cost_nothing(tmp_path: Path) -> None:
+    """Workers wait for the next stage on a node that is lost meanwhile: none of them could open it."""
+    found = in_a_process(NODES, tmp_path / "between", "between")
+    assert (found["same"], found["extra"], found["counted"], found["processes"]) == (True, 0, 0, 1)
 
 
 def test_a_node_on_which_workers_keep_dying_gets_no_more_of_them(tmp_path: Path) -> None:

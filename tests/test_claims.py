@@ -138,6 +138,16 @@ def test_who_was_taken_over_stops_before_its_next_key(
     assert "claims/000002.json" in run.store.objects.sizes(), "the other's claim is left alone"
 
 
+def test_a_driver_that_slept_leaves_the_claim_of_one_with_its_number_alone(objects: Objects) -> None:
+    """Whoever took the run over has let it go, and another began it: numbers begin again."""
+    with driving(objects) as claim:
+        other = held_elsewhere(objects, 1)
+        claim.renew()
+        with pytest.raises(ClaimLostError, match=r"was taken over by process 4711 on far-away"):
+            claim.check()
+        assert json.loads(objects.get("claims/000001.json"))["token"] == other.token
+
+
 def test_the_heart_beats(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.2)
     with driving(objects):

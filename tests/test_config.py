@@ -49,6 +49,7 @@ def test_an_unknown_key_is_named_with_the_known_ones() -> None:
         ("training.epochs=3", r"asks for epochs \[6, 7, 8, 9, 10\], training\.epochs is 3"),
         ("data.size=100", r"data\.size must be a multiple of 16 for a UNet of 5 levels, got 100"),
         ("data.slices={selection: list}", r"`selection: list` needs `indices`"),
+        ("data.modalities=[t1, t1]", r"data: modalities must be different, got \['t1', 't1'\]"),
         ("split={validation: 0.6, test: 0.4}", r"must leave patients to train on"),
         ("influence.query_sets=[train, train]", r"once each, got \['train', 'train'\]"),
         ("width", r"an override reads key\.path=value, got 'width'"),

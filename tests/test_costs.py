@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -109,6 +110,23 @@ def test_the_log_of_a_job_has_plain_lines_and_a_summary(capsys: pytest.CaptureFi
     assert lines[1].endswith("s, 1 tried again 4 computed")
     assert [line.split()[:2] for line in lines[-2:]] == [["tiles", "2"], ["in", "all"]]
     assert not any(line.startswith("export ") for line in lines[3:]), "nothing was computed there"
+
+
+def test_the_rate_of_a_stage_in_several_parts_is_that_of_the_part(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients that are freed come checkpoint by checkpoint: the hour before tells nothing of this one."""
+    clock = Mock()
+    monkeypatch.setattr("ray_tracin.progress.time", clock)
+    lines = PlainLines(Console(width=100, force_terminal=False))
+    events = [(0, "begin", 0), (3600, "end", 10), (4000, "begin", 10)]
+    for moment, kind, done in [*events, (4006, "done", 11)]:
+        clock.monotonic.return_value = float(moment)
+        lines(Event("gradients", kind, done, 20))
+    assert capsys.readouterr().out.splitlines() == [
+        "gradients: 10/20 in 3600.0 s",
+        "gradients: 11/20 in 3606.0 s, 10.0 keys a minute, about 54 s left",
+    ]
 
 
 def test_attempts_are_files_of_their_own_until_they_stand_in_the_table(stage: Square) -> None:

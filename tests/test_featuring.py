@@ -1,20 +1,21 @@
 """The tables of features against numpy and pandas on what the run holds, and against networks that are really cut."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import TINY
 
 from ray_tracin import featuring
 from ray_tracin.ablation import Ablate, TabulateImpact
 from ray_tracin.features import classify_trend, feature_sets
 from ray_tracin.integrity import verify
 from ray_tracin.pipeline import STEPS, Executors, run_to
-from ray_tracin.runs import Run, open_run
+from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.stages import Event, execute_serially
 from ray_tracin.store import IncompleteRunError
 
@@ -80,6 +81,8 @@ def expected_importance(
     kept = [c for c, (j, z) in enumerate(columns) if train_class in (0, j) and (j, z) not in absent]
     found = np.full((len(tensor), classes * n, maxima.shape[2]), np.nan)
     for query, row in enumerate(run.query_slices("test")):
+        if not np.nan_to_num(tensor[query]).any():
+            continue  # On this query every influence is 0: nobody is ranked.
         mine = pd.Series(tensor[query, kept], index=kept).dropna()
         for column, rank in mine.rank(method="first", ascending=False).items():
             j, z = columns[int(str(column))]
@@ -178,9 +181,11 @@ def hard_dice(prediction: np.ndarray, truth: np.ndarray, class_id: int) -> float
     return 2 * (a & b).sum() / (a.sum() + b.sum()) if a.any() or b.any() else np.nan
 
 
-def expected_impact(run: Run, cut: tuple[int, ...], class_id: int) -> tuple[float, int]:
+def expected_impact(
+    run: Run, cut: tuple[int, ...], class_id: int, rows: Sequence[int] | None = None
+) -> tuple[float, int]:
     """Eq. 9 by the network with filters whose normalisation is 0, run again."""
-    rows = run.query_slices("test")
+    rows = run.query_slices("test") if rows is None else rows
     whole, less = run.model("final"), run.model("final")
     norm = less.get_submodule("decoder.1.convolutions.norm2")
     with torch.no_grad():
@@ -241,6 +246,23 @@ def test_sets_of_predictive_features_are_masked_together(copied_run: Run) -> Non
         assert mine.loc["random_7", "impact"] == pytest.approx(
             expected_impact(copied_run, drawn, class_id)[0], abs=1e-5, nan_ok=True
         )
+
+
+def test_of_three_splits_the_impact_is_on_the_validation_slices(patients: Path, tmp_path: Path) -> None:
+    split = ["split={validation: 0.17, test: 0.17}", "influence.query_sets=[train]"]
+    run = start_run(tmp_path / "run", preset="demo", overrides=[*TINY, f"data.root={patients}", *split])
+    run_to(run, "train", Executors(execute_serially, execute_serially), lambda event: None)
+    for stage in (Ablate, TabulateImpact):
+        _complete(stage(run))
+    rows = {name: run.slices.loc[run.slices["split"] == name, "slice"].tolist() for name in ("validation", "test")}
+    assert [len(found) for found in rows.values()] == [4, 4]
+    differ = 0
+    for line in run.table("feature_impact").to_dict("records"):
+        found = {name: expected_impact(run, (line["feature"],), line["class"], rows[name]) for name in rows}
+        assert line["impact"] == pytest.approx(found["validation"][0], abs=1e-5, nan_ok=True)
+        assert line["slices"] == found["validation"][1]
+        differ += found["validation"] != pytest.approx(found["test"], abs=1e-3, nan_ok=True)
+    assert differ, "the test slices would give something else"
 
 
 def _as_it_is(_: pytest.MonkeyPatch) -> None:

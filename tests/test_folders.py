@@ -100,6 +100,17 @@ def test_time_points_are_cases_of_one_patient(tmp_path: Path) -> None:
     assert [case.patient for case in found(tmp_path)[0]] == ["BraTS-GLI-00008", "BraTS-GLI-00008", "BraTS-GLI-00009"]
 
 
+def test_what_macos_adds_to_an_archive_is_no_case(tmp_path: Path) -> None:
+    folder = add_case(tmp_path / "data" / "BraTS2021_00000")
+    for path in folder.iterdir():
+        beside = tmp_path / "__MACOSX" / "BraTS2021_00000" / f"._{path.name}"
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(b"resource fork")
+    cases, skipped = found(tmp_path)
+    assert [case.source for case in cases] == [str(folder)]
+    assert skipped == []
+
+
 def test_a_folder_that_wraps_a_file_is_that_file(tmp_path: Path) -> None:
     folder = add_case(tmp_path / "BraTS2021_00000", ("t1", "t2", "flair"), extension=".nii")
     for ending, inside in (("t1ce", "00000057_brain_t1ce.nii"), ("seg", "00000057_final_seg.nii")):
@@ -383,9 +394,34 @@ def test_csv_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     )
     listing(tmp_path, "patient,t1,label\nP1,a.nii.gz,\nP1,b.nii.gz,\n")
     assert "in a CSV file tell examinations of one patient apart by a column case" in message(path, modalities=["t1"])
+    listing(tmp_path, "patient,t1,label\nMüller,a.nii.gz,\n", encoding="latin-1")
+    assert message(path, modalities=["t1"]).startswith(
+        f"{path}: expected text in UTF-8, found other bytes: save it as UTF-8 ("
+    )
     assert "is a file that is no CSV file; known layouts" in message(tmp_path / "a.nii.gz")
     path.unlink()
     assert message(tmp_path, layout="csv").endswith("data.layout csv reads a CSV file or dataset.csv in the folder")
+
+
+def test_cases_whose_files_would_have_one_name_are_refused(tmp_path: Path) -> None:
+    listing(tmp_path, "patient,t1,label\nP 1,a.nii.gz,\nP_1,b.nii.gz,\n")
+    assert message(tmp_path, modalities=["t1"]) == (
+        "cases 'P 1' of dataset.csv:2 and 'P_1' of dataset.csv:3 would both be called P_1 in the names of files: "
+        "rename one"
+    )
+
+
+def test_time_points_in_a_csv_file_are_cases_of_one_patient(tmp_path: Path) -> None:
+    names = ("BraTS-GLI-00010-000", "BraTS-GLI-00010-001", "BraTS-Bern-001", "BraTS-Bern-002")
+    listing(tmp_path, "patient,t1,label\n" + "".join(f"{name},a.nii.gz,\n" for name in names))
+    cases, _ = found(tmp_path, modalities=["t1"])
+    assert {case.case: case.patient for case in cases} == {
+        "BraTS-GLI-00010-000": "BraTS-GLI-00010",
+        "BraTS-GLI-00010-001": "BraTS-GLI-00010",
+        # Numbers of patients, not of their examinations.
+        "BraTS-Bern-001": "BraTS-Bern-001",
+        "BraTS-Bern-002": "BraTS-Bern-002",
+    }
 
 
 # What travels on

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TINY
 from test_pipeline import SERIAL, bits
 
 from ray_tracin.integrity import FOREIGN, TABLES_THAT_NAME_KEYS, repair, verify
@@ -192,3 +193,39 @@ def test_a_damaged_configuration_says_how_to_restore_it(tmp_path: Path) -> None:
     (tmp_path / "run/config.yaml").write_bytes(b"seed: 9")
     with pytest.raises(ValueError, match="restores it"):
         repair(uri)
+
+
+@pytest.mark.parametrize("given", ["absolute", "relative", "through a link"])
+def test_patients_inside_a_run_are_no_strangers_wherever_it_is_moved(
+    patients: Path, tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    home, root = tmp_path / "run", "run/patients" if given == "relative" else tmp_path / "run/patients"
+    if given == "through a link":
+        (tmp_path / "real").mkdir()
+        home.symlink_to(tmp_path / "real")
+    shutil.copytree(patients, home / "patients")
+    run_to(
+        start_run(home, preset="demo", overrides=[*TINY, f"data.root={root}"]), "prepare", SERIAL, lambda event: None
+    )
+    kept = {path.relative_to(home) for path in home.rglob("*.nii.gz")}
+    assert len(kept) == 6 * 5
+    _assert_only_the_stray_goes(home)
+    moved = home.resolve().rename(tmp_path / "moved")
+    places = [moved]
+    if given == "through a link":
+        (tmp_path / "again").symlink_to(moved)
+        places.append(tmp_path / "again")
+    for place in places:
+        _assert_only_the_stray_goes(place)
+    assert {path.relative_to(moved) for path in moved.rglob("*.nii.gz")} == kept
+
+
+def _assert_only_the_stray_goes(home: Path) -> None:
+    assert verify(open_run(home)) == {}
+    assert repair(str(home)) == []
+    for name in ("stray.csv", "tables/stray.parquet"):
+        (home / name).parent.mkdir(exist_ok=True)
+        (home / name).write_bytes(b"x")
+        assert verify(open_run(home)) == {FOREIGN: [f"{name}: belongs to no finished key"]}
+        assert repair(str(home)) == [f"{name}: deleted"]

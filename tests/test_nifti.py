@@ -165,6 +165,32 @@ def test_affines_are_one_up_to_a_thousandth(tmp_path: Path, shift: float, warns:
     assert warning == (expected if warns else None)
 
 
+@pytest.mark.parametrize("name", ["RAS", "ILA"])
+def test_a_scan_half_a_voxel_off_is_turned_by_its_own_affine(tmp_path: Path, name: str) -> None:
+    affine = ORIENTATIONS[name]
+    first, second, third = (int(n) for n in np.abs(affine[:3, :3].T) @ np.array(SHAPE))
+    moved = affine.copy()
+    moved[:3, 3] += [0.5, -0.25, 0]
+    (tmp_path / "a.nii").write_bytes(encoded(landmarks(LPS, SHAPE)))
+    (tmp_path / "b.nii").write_bytes(encoded(landmarks(affine, (first, second, third)), moved))
+    voxels, warning = align(load_scan(tmp_path / "b.nii"), load_scan(tmp_path / "a.nii"))
+    np.testing.assert_array_equal(voxels, landmarks(LPS, SHAPE))
+    assert warning == "b.nii: its affine differs from that of a.nii by up to 0.5; a.nii is trusted"
+
+
+@pytest.mark.parametrize(("voxel", "shift", "own"), [(1.0, 0.99, True), (1.0, 1.01, False), (3.0, 2.9, True)])
+def test_a_voxel_is_how_far_an_affine_may_be_off(tmp_path: Path, voxel: float, shift: float, own: bool) -> None:
+    scale = np.diag([voxel, voxel, voxel, 1.0])
+    reference, moved = scale @ LPS, scale @ ORIENTATIONS["RAS"]
+    moved[0, 3] += shift
+    for name, affine in (("a.nii", reference), ("b.nii", moved)):
+        (tmp_path / name).write_bytes(encoded(ramp(), affine))
+    voxels, warning = align(load_scan(tmp_path / "b.nii"), load_scan(tmp_path / "a.nii"))
+    # Stored RAS, it is turned by its own affine, and left as it is by the reference's.
+    np.testing.assert_array_equal(voxels, ramp()[::-1, ::-1] if own else ramp())
+    assert warning is not None
+
+
 def test_a_lost_affine_is_replaced_by_that_of_the_reference(tmp_path: Path) -> None:
     brats = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
     for name, affine in (("a.nii", brats), ("b.nii", np.eye(4))):

@@ -124,6 +124,16 @@ def test_rows_that_are_made_give_the_bits_of_rows_that_are_stored(
     assert found[0] == found[1]
 
 
+def test_a_run_whose_rows_were_made_goes_on_without_storing_any(patients: Path, tmp_path: Path) -> None:
+    settings = [*TINY, f"data.root={patients}", "gradients.source=fused"]
+    run = start_run(tmp_path / "run", preset="demo", overrides=settings)
+    finish(run, "influence")
+    events: list[Event] = []
+    run_to(run, "export", Executors(execute_serially, execute_serially), events.append)
+    assert {event.stage for event in events if event.kind == "done"} == {"export"}
+    assert not (Path(run.uri) / "gradients.zarr").exists()
+
+
 VARIANTS = {
     "head": (["gradients.parameters=head"], ["head.weight"], False, 1e-5),
     "image": (["gradients.score=image"], None, True, 1e-5),
@@ -183,6 +193,8 @@ def test_regions_of_each_checkpoint_are_another_tensor(tiny_run: Run, patients: 
     assert both.any()
     assert not torch.allclose(own[both], final[both])
     assert run.store.attributes("regions.zarr")["source"] == "checkpoint"
+    names = {"mask": "final", "mask_epoch_07": "checkpoint", "mask_epoch_08": "checkpoint"}
+    assert {name: run.store.array(f"regions.zarr/{name}").attrs["source"] for name in names} == names
     table = run.table("regions")
     epochs = run.config.influence_epochs()
     always = np.all([table[f"pixels_epoch_{epoch:02d}"] > 0 for epoch in epochs], axis=0)

@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from test_folders import NEW, add_case
 
 from ray_tracin.calibration import NOMINAL, Rates, calibrate
 from ray_tracin.planning import GIB, Plan, plan_run
@@ -101,3 +103,15 @@ def test_a_run_that_exists_is_planned_with_the_settings_that_are_given(tiny_run:
     with pytest.raises(ValueError, match="another configuration"):
         plan_run(tiny_run.uri, overrides=["regions.threshold=0.6"])
     assert tiny_run.store.objects.get("config.yaml") == before
+
+
+def test_two_examinations_a_patient_are_twice_the_slices(tmp_path: Path) -> None:
+    for number in range(10):
+        for time_point in range(2):
+            add_case(tmp_path / f"set_{time_point}" / f"BraTS-GLI-{number:05d}-{time_point:03d}", NEW, "-")
+    one, two = (
+        plan_run(None, preset="demo", overrides=[*SMALL, f"data.root={root}"])
+        for root in (tmp_path / "set_0", tmp_path)
+    )
+    assert (one.train, one.test) == (8 * 8, 2 * 8)
+    assert (two.train, two.test) == (2 * one.train, 2 * one.test)

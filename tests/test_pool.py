@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import ray
 import torch
-from faulty import ARRAY, Square
+from conftest import TINY
+from faulty import ARRAY, GpuSquare, Square
 from ray._private.internal_api import memory_summary
 
 from ray_tracin import attribution
@@ -16,6 +17,7 @@ from ray_tracin.attribution import Differentiate
 from ray_tracin.costs import collect_events
 from ray_tracin.pipeline import Executors, run_to
 from ray_tracin.planning import plan_of
+from ray_tracin.pool import Pool
 from ray_tracin.presets import build_config
 from ray_tracin.runs import Run, start_run
 from ray_tracin.runtime import RayExecutor, refuse_nodes_without_memory
@@ -144,7 +146,35 @@ def test_nodes_without_the_memory_of_the_plan_are_refused(run: Run, attempts: Pa
     refuse_nodes_without_memory(stage, {"num_gpus": 1, "num_cpus": 0}, 1 << 50)  # None is there yet.
 
 
+def test_what_this_cluster_will_never_have_is_refused(tmp_path: Path, attempts: Path) -> None:
+    for overrides, wanted, setting in (
+        (["resources.device=cuda"], "1 × 1 GPUs", "resources.device=cuda or resources.gpus_per_worker"),
+        (["resources.threads=4096"], "1 × 4096 CPUs", "resources.threads or resources.training_threads"),
+    ):
+        run = start_run(tmp_path / setting.split("=")[0], preset="demo", overrides=overrides)
+        with pytest.raises(ValueError, match=rf"gpu-square wants {wanted}, and Ray has .* here, .* change {setting}"):
+            on_ray(GpuSquare(run, attempts))
+    assert not list(attempts.iterdir())
+
+
+def test_training_on_a_gpu_that_is_nowhere_is_refused(tiny_run: Run, patients: Path, tmp_path: Path) -> None:
+    overrides = [*TINY, f"data.root={patients}", "resources.device=cuda"]
+    run = start_run(tmp_path / "run", preset="demo", overrides=overrides)
+    with RayExecutor() as pool, pytest.raises(ValueError, match="stage train wants 1 × 1 GPUs, and Ray has"):
+        run_to(run, "train", Executors(pool, pool), lambda event: None)
+
+
 # Memory
+
+
+def test_a_worker_after_one_that_ran_out_of_memory_gets_as_much_more_as_a_node_has() -> None:
+    most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    pool = Pool({"num_cpus": 0, "memory": int(most / 5)})
+    asked = []
+    for times in range(5):
+        pool._lightened = times
+        asked.append(round(pool._options()["memory"] / (most / 5)))
+    assert asked == [1, 2, 4, 4, 4]
 
 
 def test_a_batch_is_halved_until_it_fits_for_real() -> None:

@@ -1,14 +1,20 @@
 """The laws of stages: each key once, resumed where it stopped, damage done again, errors kept in their place."""
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import nibabel as nib
 import numpy as np
 import pytest
+from conftest import TINY
 from faulty import ARRAY, Square
 
+from ray_tracin import store as paths
+from ray_tracin.learning import Train
+from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices, usable_cases
 from ray_tracin.presets import build_config
 from ray_tracin.runs import Run, start_run
 from ray_tracin.runtime import RayExecutor
@@ -86,6 +92,110 @@ def test_receipts_of_another_configuration_do_not_count(run: Run, attempts: Path
     _complete(Square(run, attempts, {}), execute_serially)
     other = Square(Run(run.store, build_config("demo", None, ["seed=5"])), attempts, {})
     assert done_receipts(other) == {}
+
+
+def test_a_checkpoint_that_comes_out_otherwise_is_refused_and_as_it_was_is_mended(
+    patients: Path, tmp_path: Path
+) -> None:
+    overrides = [*TINY, f"data.root={patients}", "training={epochs: 2, adam_epochs: 1}", "influence.checkpoints=1"]
+    run = start_run(tmp_path / "run", preset="demo", overrides=overrides)
+    for stage in (Inspect(run), Index(run), Cut(run), TabulateSlices(run), Train(run)):
+        _complete(stage, execute_serially)
+    file, key = tmp_path / "run/checkpoints/epoch_02.pt", "epoch_02"
+    final = tmp_path / "run/checkpoints/final.pt"
+    whole, before = file.read_bytes(), run.store.read_receipt("train", key)
+    assert before is not None
+    row = run.train_slices[0]
+    images = run.images([row])
+    selection = (slice(row, row + 1), *(slice(0, length) for length in images.shape[1:]))
+    # It is trained on something else now, as by a machine that rounds otherwise.
+    run.store.write(paths.IMAGES, selection, -images)
+    file.write_bytes(b"damaged")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"a file of epoch_02 was lost .* restore checkpoints/epoch_02"):
+            _complete(Train(run), execute_serially)
+        assert (file.read_bytes(), final.read_bytes()) == (b"damaged", whole), "nothing is written over"
+        assert run.store.read_receipt("train", key) == before
+    run.store.write(paths.IMAGES, selection, images)
+    events = _complete(Train(run), execute_serially)
+    assert [event.key for event in events if event.kind == "done"] == [key]
+    assert file.read_bytes() == whole
+    after = run.store.read_receipt("train", key)
+    assert after is not None
+    weights = [{stored for stored in receipt.files if "state" not in stored.path} for receipt in (before, after)]
+    assert weights[0] == weights[1]
+
+
+# Cases whose files change before slices are numbered
+
+
+@pytest.fixture
+def own_patients(patients: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(patients, tmp_path / "patients"))
+
+
+def _cases(root: Path) -> list[Path]:
+    return sorted((root / "HGG").iterdir())
+
+
+def _start_on(root: Path) -> Run:
+    return start_run(root.parent / "run", preset="demo", overrides=[*TINY, f"data.root={root}"])
+
+
+def _inspected(run: Run) -> list[str]:
+    """The cases that are inspected now."""
+    return [event.key for event in _complete(Inspect(run), execute_serially) if event.kind == "done"]
+
+
+def test_a_case_whose_file_is_replaced_is_inspected_again_until_slices_are_numbered(own_patients: Path) -> None:
+    folders, run = _cases(own_patients), _start_on(own_patients)
+    names = [folder.name for folder in folders]
+    file = folders[0] / f"{names[0]}_t1.nii.gz"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    assert _inspected(run) == names
+    usable, skipped = usable_cases(run)
+    assert [found.case.case for found in usable] == names[1:]
+    assert [row["case"] for row in skipped] == names[:1]
+    assert _inspected(run) == [], "a damaged file that is still there is not read again"
+    file.write_bytes(whole)
+    assert _inspected(run) == names[:1]
+    usable, skipped = usable_cases(run)
+    assert [found.case.case for found in usable] == names
+    assert skipped == []
+    _complete(Index(run), execute_serially)
+    file.write_bytes(b"too late")
+    assert _inspected(run) == []
+
+
+def test_a_case_that_is_deleted_before_slices_are_numbered_is_forgotten(own_patients: Path) -> None:
+    folders, run = _cases(own_patients), _start_on(own_patients)
+    names = [folder.name for folder in folders]
+    assert _inspected(run) == names
+    shutil.rmtree(folders[2])
+    assert _inspected(run) == []
+    _complete(Index(run), execute_serially)
+    receipt = run.store.read_receipt(Index.name, "slices")
+    assert receipt is not None
+    assert list(receipt.result["cases"]) == [*names[:2], *names[3:]]
+    assert run.table("skipped").empty
+
+
+def test_a_stray_label_value_is_refused_with_a_case_that_has_it_and_mended_by_its_file(own_patients: Path) -> None:
+    folders, run = _cases(own_patients), _start_on(own_patients)
+    stray = folders[3].name
+    file = folders[3] / f"{stray}_seg.nii.gz"
+    whole, image = file.read_bytes(), nib.load(file)
+    labels = np.asarray(image.dataobj).copy()
+    labels[0, 0, 0] = 7
+    nib.save(nib.Nifti1Image(labels, image.affine), file)
+    _inspected(run)
+    with pytest.raises(ValueError, match="fit no BraTS edition") as caught:
+        _complete(Index(run), execute_serially)
+    assert str(caught.value).endswith(f"; 7 is in 1 of 6 cases, such as {stray}")
+    file.write_bytes(whole)
+    assert _inspected(run) == [stray]
+    _complete(Index(run), execute_serially)
 
 
 @pytest.mark.ray

@@ -146,6 +146,20 @@ def test_an_image_without_a_positive_voxel_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("negative", "shown"), [(0, ""), (10, ""), (11, "1%"), (500, "50%")])
+def test_an_image_with_many_negative_voxels_gets_a_warning(tmp_path: Path, negative: int, shown: str) -> None:
+    image = np.zeros((10, 10, 20), np.int16)
+    image[..., :10] = noise((10, 10, 10))  # Half of it is background, which does not count.
+    image[..., 0].flat[: min(negative, 100)] *= -1
+    image[..., 1:5].flat[: max(negative - 100, 0)] *= -1
+    assert (image < 0).sum() == negative
+    expected = (
+        f"t1.nii.gz: {shown} of its voxels that aren't 0 are negative and become background; intensities are expected "
+        "as they were acquired, not normalised"
+    )
+    assert load_volume(case_of(tmp_path, {"t1": image})).warnings == ((expected,) if shown else ())
+
+
 def test_shapes_that_differ_within_a_case_are_refused(tmp_path: Path) -> None:
     case = case_of(tmp_path, {"t1": noise((2, 2, 2)), "t2": noise((2, 2, 3))})
     with pytest.raises(VolumeError, match=r"t2.nii.gz: expected shape \(2, 2, 2\) as t1.nii.gz has, found \(2, 2, 3\)"):
@@ -399,6 +413,17 @@ def test_label_values_that_tell_nothing_are_refused(values: set[int], dialect: A
     text = message(decide_label_scheme, values, config(), dialect)
     assert text.startswith(expected)
     assert "no voxel" in text or "data.labels to a map of value → name" in text
+
+
+@pytest.mark.parametrize("dialect", ["brats", "brats2023"])
+def test_a_mask_of_the_whole_tumour_is_refused_until_it_is_named(dialect: Any) -> None:
+    assert message(decide_label_scheme, {0, 1}, config(), dialect) == (
+        "the only label value is 1, as in a mask of the whole tumour, where BraTS has 1, 2 and 4 or 3: set "
+        "data.labels={1: tumour}, or data.label_scheme if it is the necrotic core of BraTS"
+    )
+    assert decide_label_scheme({0, 1}, config(label_scheme="brats"), dialect).name == "brats"
+    named = decide_label_scheme({0, 1}, config(labels={1: "tumour"}), dialect)
+    assert dict(named.classes) == {1: "tumour"}
 
 
 def test_a_csv_file_is_not_assumed_to_be_brats() -> None:

@@ -21,7 +21,8 @@ const SORTS = {
 const marked = new Set(restoreMarks());
 let reviewShown = PAGE_ROWS;
 
-const regionKey = (row) => `${SLICES.row[REVIEW.slice[row]]}/${REVIEW.class[row]}`;
+// Not the row: another run of the same configuration may have other patients there.
+const regionKey = (row) => `${SLICES.case[REVIEW.slice[row]]}/${SLICES.index[REVIEW.slice[row]]}/${REVIEW.class[row]}`;
 
 // Browsers may refuse storage to pages from disk; marks then last as long as the page.
 function restoreMarks() {
@@ -101,7 +102,7 @@ function reviewLine(row) {
   return h("tr", { tabindex: 0, dataset: { testid: "review", slice: SLICES.row[slice], class: classId }, onclick: () => previewRegion(row), onfocus: () => previewRegion(row) },
     h("td", {}, h("input", { type: "checkbox", checked: marked.has(regionKey(row)), "aria-label": "review", onclick: (event) => event.stopPropagation(), onchange: (event) => mark(row, event.target.checked) })),
     h("td", {}, pane.element),
-    h("td", {}, h("div", {}, withClass(classId)), h("div", { title: SLICES.patient[slice] }, shortName(SLICES.patient[slice])), h("small", {}, `slice ${SLICES.index[slice]}`)),
+    h("td", {}, h("div", {}, withClass(classId)), h("div", { title: SLICES.patient[slice] }, shortName(SLICES.patient[slice])), h("small", {}, `${examination(slice)}slice ${SLICES.index[slice]}`)),
     h("td.number", {}, shown(REVIEW.selfInfluence[row]), bar(REVIEW.percentile[row])),
     h("td.number", {}, fixed(REVIEW.overlap[row])), h("td.number", {}, fixed(REVIEW.loss[row])),
     h("td.why", {}, REVIEW.signs[row].map((text) => h("div", {}, text))));
@@ -133,7 +134,7 @@ function previewRegion(row) {
   });
   for (const pane of previewRegion.panes) pane.show(slice, classId);
   byId("review-preview").replaceChildren(
-    h("h2", {}, withClass(classId), h("small", {}, `${SLICES.patient[slice]}, slice ${SLICES.index[slice]}`)),
+    h("h2", {}, withClass(classId), h("small", {}, `${SLICES.patient[slice]}, ${examination(slice)}slice ${SLICES.index[slice]}`)),
     h("div.panes", {}, previewRegion.panes.map((pane) => pane.element)));
   byId("review-facts").replaceChildren(
     h("p.facts", {}, h("span", {}, `${REVIEW.pixels[row]} pixels in the region`), h("span", {}, `${REVIEW.truth[row]} annotated`),
@@ -142,13 +143,13 @@ function previewRegion(row) {
     SLICES.warnings[slice] ? h("p.note", {}, `Read with a warning: ${SLICES.warnings[slice]}`) : "");
 }
 
-const REVIEW_HEADER = ["patient", "index", "slice", "class", "self_influence", "overlap", "loss", "region_pixels", "annotated_pixels", "signs"];
+const REVIEW_HEADER = ["patient", "case", "index", "slice", "class", "self_influence", "overlap", "loss", "region_pixels", "annotated_pixels", "signs"];
 
 function reviewList() {
   const every = [...REVIEW.slice.keys()];
   const rows = marked.size ? every.filter((row) => marked.has(regionKey(row))) : reviewRows();
-  return rows.map((row) => [SLICES.patient[REVIEW.slice[row]], SLICES.index[REVIEW.slice[row]], SLICES.row[REVIEW.slice[row]],
-    className(REVIEW.class[row]), REVIEW.selfInfluence[row], REVIEW.overlap[row], REVIEW.loss[row], REVIEW.pixels[row],
+  return rows.map((row) => [SLICES.patient[REVIEW.slice[row]], SLICES.case[REVIEW.slice[row]], SLICES.index[REVIEW.slice[row]],
+    SLICES.row[REVIEW.slice[row]], className(REVIEW.class[row]), REVIEW.selfInfluence[row], REVIEW.overlap[row], REVIEW.loss[row], REVIEW.pixels[row],
     REVIEW.truth[row], REVIEW.signs[row].join("; ")]);
 }
 

@@ -60,6 +60,13 @@ function isLowOverlap(slice, classId) {
   return SLICES.labelled[slice] && REGIONS.overlap[regionPlace(slice, classId)] < DATA.lowOverlap;
 }
 
+const EXAMINATIONS = new Map();
+for (const [slice, patient] of SLICES.patient.entries()) {
+  EXAMINATIONS.set(patient, (EXAMINATIONS.get(patient) || new Set()).add(SLICES.case[slice]));
+}
+// Which examination a slice is of, in front of its number; only where its patient has several.
+const examination = (slice) => (EXAMINATIONS.get(SLICES.patient[slice]).size > 1 ? `${SLICES.case[slice]}, ` : "");
+
 // Train columns of the tensor: class by class, each with all train slices.
 const columnSlice = (column) => DATA.train.slices[column % TRAIN];
 const columnClass = (column) => Math.floor(column / TRAIN) + 1;

@@ -30,7 +30,9 @@ function scoresOf(query, classId, rows) {
 function rankedRegions(query, classId, scores, by) {
   const values = by === "cosine" ? scores.cosine : scores.influence;
   const { slice } = DATA.queries[query];
-  const columns = Int32Array.from(values.keys()).filter(
+  // Where every influence is 0 there is nothing to rank.
+  const any = values.some((value) => value !== 0 && !Number.isNaN(value));
+  const columns = Int32Array.from(any ? values.keys() : []).filter(
     (column) => !Number.isNaN(values[column]) && !(columnSlice(column) === slice && columnClass(column) === classId),
   );
   // Ties go to the lower column, as in the tables.
@@ -113,11 +115,19 @@ function queriesOf(patient) {
   return [...DATA.queries.keys()].filter((query) => patientOf(query) === patient);
 }
 
+// How good a start a region is: its pixels, and if it has hardly a gradient only where there is no other.
+function promise(query, classId) {
+  const { slice } = DATA.queries[query];
+  const pixels = REGIONS.pixels[regionPlace(slice, classId)];
+  return isLowOverlap(slice, classId) || hasNoGradient(query, classId) ? pixels / SIZE ** 2 / 2 : pixels;
+}
+
+const hasNoGradient = (query, classId) => unpack(DATA.queries[query].norm)[classId - 1] === 0;
+
 // A patient's slice with the largest region is a better start than the first.
 function choosePatient(patient, classId = CHOICE.classId) {
   const mine = queriesOf(patient);
-  const pixels = (query) => REGIONS.pixels[regionPlace(DATA.queries[query].slice, classId)];
-  return chooseQuery(mine.reduce((best, query) => (pixels(query) > pixels(best) ? query : best), mine[0]));
+  return chooseQuery(mine.reduce((best, query) => (promise(query, classId) > promise(best, classId) ? query : best), mine[0]));
 }
 
 function stepSlice(step) {
@@ -160,8 +170,10 @@ function showQuery() {
   const mine = queriesOf(SLICES.patient[slice]);
   byId("patient").value = SLICES.patient[slice];
   Object.assign(byId("slice"), { max: mine.length - 1, value: mine.indexOf(CHOICE.query) });
-  byId("slice-name").textContent = `slice ${SLICES.index[slice]} (${mine.indexOf(CHOICE.query) + 1} of ${mine.length})`;
+  byId("slice-name").textContent = `${examination(slice)}slice ${SLICES.index[slice]} (${mine.indexOf(CHOICE.query) + 1} of ${mine.length})`;
+  const inChips = byId("classes").contains(document.activeElement);
   byId("classes").replaceChildren(...classIds().map((classId) => classChip(slice, classId)));
+  if (inChips) byId("classes").querySelector(".chosen").focus();
   for (const pane of buildExplain.panes) pane.show(slice, CHOICE.classId);
   byId("facts").replaceChildren(...queryFacts(slice, CHOICE.classId));
   return showRankings();
@@ -194,8 +206,9 @@ function queryFacts(slice, classId) {
   } else {
     facts.push(h("span.warning", {}, "No ground truth: the network's own prediction stands in for it."));
   }
-  if (unpack(DATA.queries[CHOICE.query].norm)[classId - 1] === 0) {
-    facts.push(h("span.warning", {}, "No gradient: every influence on this region is 0, and the order below means nothing."));
+  if (SLICES.warnings[slice]) facts.push(h("span.warning", {}, `Read with a warning: ${SLICES.warnings[slice]}.`));
+  if (hasNoGradient(CHOICE.query, classId)) {
+    facts.push(h("span.warning", {}, "No gradient: every influence on this region is 0, so there is nothing to rank."));
   } else if (isLowOverlap(slice, classId)) {
     facts.push(h("span.warning", {}, "Low overlap: score and gradient are near 0, and the ranking says little."));
   }
@@ -237,6 +250,7 @@ async function showRankings() {
 }
 
 function emptyListText(columns, classId, patient, chosen) {
+  if (!columns.length) return "Nothing to rank.";
   const hidden = filtered(columns, classId, patient, { ...chosen, global: true }).length > 0;
   return `No train region passes the filters${hidden ? ": those that would are global explainers, which are left out" : ""}.`;
 }
@@ -262,14 +276,17 @@ function buildCard(list, entry, score) {
       slice: SLICES.row[slice], class: classId, patient: SLICES.patient[slice],
     },
     onclick: () => chooseCard(number),
-    onkeydown: (event) => event.key === "Enter" && chooseCard(number),
+    onkeydown: (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      chooseCard(number);
+    },
   },
   pane.element,
   h("div.line", {}, h("b.score", {}, shown(score === "cosine" ? entry.cosine : entry.influence)),
     h("span.rank", {}, list === "neutral" ? sign : `${sign}${shownRank(entry)}`)),
-  h("div.line", {}, withClass(classId)),
-  h("div.line", {}, h("span.where", {}, `${shortName(SLICES.patient[slice])} · ${SLICES.index[slice]}`),
-    h("small", {}, score === "cosine" ? shown(entry.influence, 2) : `cos ${fixed(entry.cosine)}`)),
+  h("div.line", {}, withClass(classId), h("small", {}, score === "cosine" ? shown(entry.influence, 2) : `cos ${fixed(entry.cosine)}`)),
+  h("div.line", {}, h("span.where", {}, `${shortName(SLICES.patient[slice])} · ${SLICES.index[slice]}`)),
   h("div.marks", {}, cardMarks(slice, classId, entry.column)));
   pane.show(slice, classId);
   cards.push({ ...entry, list, element, pane, slice, classId });
@@ -281,7 +298,7 @@ const shownRank = (entry) => (byId("global").checked ? entry.rank : entry.localR
 
 function cardTitle(entry) {
   const slice = columnSlice(entry.column);
-  return `${SLICES.patient[slice]}, slice ${SLICES.index[slice]}, ${className(columnClass(entry.column))}\n` +
+  return `${SLICES.patient[slice]}, ${examination(slice)}slice ${SLICES.index[slice]}, ${className(columnClass(entry.column))}\n` +
     `influence ${shown(entry.influence, 5)}, cosine ${fixed(entry.cosine, 3)}\nrank ${entry.rank} with global explainers`;
 }
 
@@ -367,15 +384,15 @@ function comparedFacts(card) {
 
 // CSV
 
-const CSV_HEADER = ["query_patient", "query_index", "query_slice", "query_class", "list", "rank", "local_rank", "train_patient",
-  "train_index", "train_slice", "train_class", "influence", "cosine", "overlap", "is_global", "ranked_by"];
+const CSV_HEADER = ["query_patient", "query_case", "query_index", "query_slice", "query_class", "list", "rank", "local_rank",
+  "train_patient", "train_case", "train_index", "train_slice", "train_class", "influence", "cosine", "overlap", "is_global", "ranked_by"];
 
 function rankingRows() {
   const slice = currentSlice();
   const { score } = filters();
-  return cards.map((card) => [SLICES.patient[slice], SLICES.index[slice], SLICES.row[slice], className(CHOICE.classId),
-    card.list, card.rank, card.localRank, SLICES.patient[card.slice], SLICES.index[card.slice], SLICES.row[card.slice],
-    className(card.classId), card.influence, card.cosine, REGIONS.overlap[regionPlace(card.slice, card.classId)],
+  return cards.map((card) => [SLICES.patient[slice], SLICES.case[slice], SLICES.index[slice], SLICES.row[slice], className(CHOICE.classId),
+    card.list, card.rank, card.localRank, SLICES.patient[card.slice], SLICES.case[card.slice], SLICES.index[card.slice],
+    SLICES.row[card.slice], className(card.classId), card.influence, card.cosine, REGIONS.overlap[regionPlace(card.slice, card.classId)],
     isGlobal(CHOICE.classId, card.column), score]);
 }
 

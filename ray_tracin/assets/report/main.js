@@ -76,10 +76,10 @@ function start() {
   applyWindow();
   applyZoom();
   buildExplain();
-  // A class that the first patient has is a better start than the first class.
+  // A class that the first patient has, with a gradient, is a better start than the first class.
   const patient = patientOf(0);
-  const first = classIds().find((classId) => queriesOf(patient).some((query) => regionExists(DATA.queries[query].slice, classId)));
-  CHOICE.classId = first || 1;
+  const best = (classId) => Math.max(...queriesOf(patient).map((query) => promise(query, classId)));
+  CHOICE.classId = classIds().find((classId) => best(classId) >= 1) || classIds().find((classId) => best(classId) > 0) || 1;
   const wanted = location.hash.slice(1);
   showView(wanted in VIEWS ? wanted : "explain");
   return choosePatient(patient);

@@ -30,7 +30,8 @@ function diceOverEpochs(epochs) {
     legend(DATA.classes.map(({ name, colour }) => [colour, name])), read);
 }
 
-// PuOr: purple against, orange for, white where no pair of regions is.
+// PuOr: purple against, orange for, nearly white for 0; grey where no pair of regions is.
+const ABSENT = [136, 136, 136, 255];
 const DIVERGING = ["#2d004b", "#8073ac", "#f7f7f7", "#e08214", "#7f3b08"].map(rgb);
 
 function diverging(value) {
@@ -50,7 +51,7 @@ function influenceMatrix(matrix) {
   for (let i = 0; i < mean.length; i++) {
     // The root of the size shows small values beside large ones.
     const value = Math.sign(mean[i]) * Math.sqrt(Math.abs(mean[i]) / end);
-    pixels.data.set(Number.isNaN(mean[i]) ? [255, 255, 255, 255] : [...diverging(value), 255], 4 * i);
+    pixels.data.set(Number.isNaN(mean[i]) ? ABSENT : [...diverging(value), 255], 4 * i);
   }
   canvas.getContext("2d").putImageData(pixels, 0, 0);
   const read = h("p.readout", { dataset: { testid: "matrix-value" } }, "Point at a cell to read it.");
@@ -66,7 +67,7 @@ function influenceMatrix(matrix) {
   });
   const names = classIds().map((c) => h("span", {}, className(c)));
   return panel("Influence of train regions on one another",
-    `Rows: explained; columns: explaining. Orange: for, purple: against, white: no such region. ${matrix.block > 1 ? `A cell is a block of ${matrix.block} × ${matrix.block} slices.` : "A cell is a pair of regions."}`,
+    `Rows: explained; columns: explaining. Orange: for, purple: against, grey: no such region. ${matrix.block > 1 ? `A cell is a block of ${matrix.block} × ${matrix.block} slices.` : "A cell is a pair of regions."}`,
     h("div.matrix-frame", {}, h("div.columns", {}, names), h("div.rows", {}, names.map((n) => n.cloneNode(true))), canvas), read);
 }
 
@@ -99,7 +100,8 @@ function proponentClasses(model) {
 function randomSets(model) {
   const note = "Mean loss of Dice where a set of features is masked: the predictive ones, all others, and random sets of the same size.";
   if (!model.sets.length) return panel("Does masking predictive features hurt more?", note, message("No feature is predictive in this run, or no test query has ground truth: there is nothing to compare."));
-  const box = { ...CHART, left: 80, height: 60 + 46 * CLASSES };
+  const longest = Math.max(...classIds().map((c) => className(c).length));
+  const box = { ...CHART, left: Math.min(CHART.width / 2, 20 + 6.5 * Math.max(9, longest)), height: 60 + 46 * CLASSES };
   const values = model.sets.map((line) => line.impact).filter((value) => value !== null);
   const x = scale(Math.min(0, ...values), Math.max(0.01, ...values), box.left, box.width - 20);
   const rows = classIds().map((classId, place) => {
