@@ -89,6 +89,8 @@ def _axes(box: Box, geometry: Geometry) -> Iterator[tuple[Any, ...]]:
 def cut(values: Float[Tensor, "slice channel *space"], box: Box) -> Float[Tensor, "slice channel *box"]:
     """The values in a box; zeros where it reaches outside."""
     inside = clipped(box, values.shape[2:])
+    if any(first == last for first, last in inside):
+        return values.new_zeros((*values.shape[:2], *(stop - start for start, stop in box)))
     part = values[:, :, *slices(inside)]
     widths = [
         width

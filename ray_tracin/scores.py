@@ -83,7 +83,7 @@ class StripeReader:
         train = self._norms["train"].flatten() if "train" in self._norms else None
         cosine = torch.full_like(influence, torch.nan) if train is None else cosine_influence(influence, norms, train)
         by_cosine = self._run.config.explainers.score == "cosine"
-        return ClassScores(query_class, influence, cosine, cosine if by_cosine else without_zeros(influence))
+        return ClassScores(query_class, influence, cosine, without_zeros(cosine if by_cosine else influence))
 
 
 def patients_of(run: Run, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.object_]:

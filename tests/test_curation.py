@@ -80,3 +80,24 @@ def test_without_self_influence_the_other_signs_stay() -> None:
     found = review_regions(regions, None, annotated, CLASSES)
     assert found.self_influence.isna().all()
     assert found.slice.iloc[0] == SOUND
+
+
+def test_regions_that_have_other_signs_do_not_crowd_out_the_largest_losses() -> None:
+    count, eligible = 100, 92
+    pixels = np.where(np.arange(count) < eligible, 50, 0)
+    regions = pd.DataFrame(
+        {
+            "slice": range(count),
+            "class": 1,
+            "pixels": pixels,
+            "overlap": np.where(pixels > 0, 0.9, np.nan),
+            "dice": np.where(pixels > 0, np.linspace(0.9, 0.5, count), np.nan),
+            "labelled": True,
+        }
+    )
+    index = pd.MultiIndex.from_product([range(count), [1]], names=["slice", "class"])
+    annotated = pd.DataFrame({"truth": np.where(pixels > 0, 50, 5), "as_0": 0, "as_1": pixels}, index=index)
+    found = review_regions(regions, None, annotated, ["ET"])
+    signed = found[found.signs.str.len() > 0]
+    assert sorted(signed.slice) == list(range(eligible - 5, eligible)), "5 % of those that have a Dice"
+    assert all("among the lowest 5% of ET" in text for texts in signed.signs for text in texts)

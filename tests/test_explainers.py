@@ -22,6 +22,7 @@ from ray_tracin.explainers import (
     rank_regions,
     sum_by_patient,
     without_self,
+    without_zeros,
 )
 
 # Few values, so that ties are the rule; zeros of both signs; infinities. No subnormals: libraries may flush them to 0.
@@ -141,3 +142,12 @@ def test_patients_are_sums_of_what_is_there(scores, data):
         ]
         assert counts[place].tolist() == [number[patient] for patient in range(3)]
         np.testing.assert_allclose(sums[place], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_query_on_which_every_influence_is_0_ranks_nobody() -> None:
+    nan = math.nan
+    score = torch.tensor([[0.0, -0.0, nan], [0.0, 1e-30, nan], [nan, nan, nan], [-2.0, 0.0, 3.0]])
+    found = without_zeros(score)
+    assert found[0].isnan().all()
+    torch.testing.assert_close(found[1:], score[1:], rtol=0, atol=0, equal_nan=True)
+    assert (rank_regions(found, 2)[0] == NONE).all()

@@ -114,14 +114,23 @@ def pairs(run: Run) -> pd.DataFrame:
     return rows
 
 
+def telling(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Without queries on which every influence is 0."""
+    return rows[rows.groupby(QUERY)[by].transform(lambda values: (values.fillna(0) != 0).any())]
+
+
 def ranked(rows: pd.DataFrame, by: str, falling: bool) -> pd.DataFrame:
-    rows = rows.dropna(subset=by).sort_values([*QUERY, by, "column"], ascending=[True] * 3 + [not falling, True])
+    rows = (
+        telling(rows, by)
+        .dropna(subset=by)
+        .sort_values([*QUERY, by, "column"], ascending=[True] * 3 + [not falling, True])
+    )
     return rows.assign(rank=rows.groupby(QUERY).cumcount() + 1)
 
 
 def expected_shares(rows: pd.DataFrame, by: str, settings: ExplainersConfig, over: str) -> pd.DataFrame:
     mine = rows[rows.query_set == over]
-    queries = mine.dropna(subset=by).groupby("query_class").query_slice.nunique()
+    queries = telling(mine, by).dropna(subset=by).groupby("query_class").query_slice.nunique()
     shares = {}
     for name, falling in (("share_proponent", True), ("share_opponent", False)):
         top = ranked(mine, by, falling).query(f"rank <= {settings.list_length}")
@@ -189,7 +198,8 @@ def test_patients_are_ranked_by_the_sum_of_their_regions(copied: Run, score: str
     explain(run)
     by = {"raw": "influence", "cosine": "cosine"}[score]
     rows = pairs(run).merge(table(run, "global_explainers")[["query_class", *REGION, "is_global"]])
-    kept = rows[~rows.is_global]
+    kept = telling(rows, by)
+    kept = kept[~kept.is_global]
     sums = kept.groupby([*QUERY, "train_patient"]).agg(
         influence=("influence", "sum"),
         influence_mean=("influence", "mean"),
@@ -230,6 +240,24 @@ def test_tables_of_the_runs_own_tensor(copied: Run) -> None:
     empty = table(run, "proponent_classes").query("query_set == 'test' and query_class == 2")
     assert (empty["count"] == 0).all()
     assert empty["share"].isna().all()
+
+
+def test_a_query_without_a_gradient_has_no_list_and_counts_nowhere(copied: Run) -> None:
+    """Sorting its zeros would make the first columns the proponents and the opponents of everything."""
+    tensor = np.random.default_rng(5).uniform(-1, 1, (CLASSES, TEST, CLASSES * TRAIN))
+    tensor[0, :2] = 0
+    plant(copied, "test", tensor)
+    run = with_settings(copied, ExplainersConfig(list_length=5, top_k=3, class_list=2, max_share=1.0))
+    explain(run)
+    rows = run.query_slices("test")
+    for name in ("proponents", "opponents", "patient_proponents", "patient_opponents"):
+        mine = table(run, name).query("query_set == 'test' and query_class == 1")
+        assert set(mine.query_slice) == set(rows[2:]), name
+    shares = table(run, "global_explainers").query("query_class == 1")
+    assert set(shares.queries) == {TEST - 2}
+    assert np.isclose(shares.share_proponent.sum(), 5)
+    classes = table(run, "proponent_classes").query("query_set == 'test' and query_class == 1")
+    assert classes["count"].sum() == 2 * (TEST - 2)
 
 
 def plant_blocks(run: Run) -> None:

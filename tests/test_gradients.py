@@ -528,3 +528,39 @@ def test_no_activation_outlives_what_it_is_needed_for():
     engine.differentiate(images, labels, masks)
     engine.check(images[:1], labels[:1], masks[:1])
     assert [reference() for reference in ACTIVATIONS] == [None] * len(ACTIVATIONS)
+
+
+class Doubled(nn.Module):
+    """A block that returns what it made twice, and what it made of that."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3) / 2)
+
+    def forward(self, x):
+        once = torch.einsum("oc,schw->sohw", self.weight, x).tanh()
+        return {"out": torch.einsum("oc,schw->sohw", self.weight, once), "features": [once, once]}
+
+
+class SeveralOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 3, 3, padding=1)
+        self.block = Doubled()
+        self.head = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        made = self.block(self.first(x))
+        return self.head(made["out"] + 2 * made["features"][0] * made["features"][1])
+
+
+def test_outputs_of_a_unit_that_are_made_from_one_another_are_counted_once():
+    model = networks.seeded(SeveralOutputs).double().eval()
+    images, labels, masks = networks.batch()
+    engine = differentiator(model, images.double())
+    engine.check(images.double(), labels, masks)
+    got = by_parameter(engine, engine.differentiate(images.double(), labels, masks).values)
+    names = [name for name, _ in model.named_parameters()]
+    expected = oracle.gradients(model, names, images, labels, masks)
+    for name in names:
+        assert oracle.difference(got[name], expected[name].flatten(2)) < 1e-12, name

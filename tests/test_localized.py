@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_tracin import localized
-from ray_tracin.correlation import Geometry, cut, nonzero_boxes, points_of, windows_of
+from ray_tracin.correlation import Geometry, clipped, cut, nonzero_boxes, points_of, windows_of
 from ray_tracin.localized import LocalBackward
 
 pytestmark = test_gradients.pytestmark
@@ -170,3 +170,26 @@ def test_a_small_slice_is_convolved_as_if_it_were_alone(transposed):
         together = call(move, values, weight, None)
     # Bit for bit: what is all but tied in the next ReLU must not depend on the other slices.
     assert torch.equal(together, torch.cat([call(move, one, weight, None) for one in values.split(1)]))
+
+
+def test_a_bias_that_depends_on_the_activations_is_left_to_autograd():
+    values = torch.randn(1, 2, 8, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 2, 3, 3, dtype=torch.float64)
+
+    def score():
+        bias = values.mean() * torch.arange(3.0, dtype=torch.float64)
+        return F.conv2d(values, weight, bias, (1, 1), (1, 1), (1, 1), 1).square().sum()
+
+    (expected,) = torch.autograd.grad(score(), values)
+    with LocalBackward():
+        (got,) = torch.autograd.grad(score(), values)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("start", [-6, 8, 11])
+def test_a_box_outside_the_image_holds_zeros(start):
+    box = ((start, start + 3), (2, 5))
+    assert all(0 <= first <= last <= 8 for first, last in clipped(box, (8, 8)))
+    found = cut(torch.ones(1, 2, 8, 8), box)
+    assert found.shape == (1, 2, 3, 3)
+    assert not found.any()

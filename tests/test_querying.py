@@ -54,8 +54,14 @@ def test_a_scan_that_the_run_knows_has_the_influence_of_the_run(indexed: Run, si
 def test_the_ranking_is_that_of_the_tensor(indexed: Run) -> None:
     folder, rows = known_case(indexed)
     found = explain_scan(indexed, folder, size=EXACT, k=3)
-    assert (found.size, found.notes) == (0, [])
-    assert set(found.regions["class_id"]) == set(found.ranking["class_id"])
+    assert found.size == 0
+    region = ["case", "index", "class_name"]
+    ranked = set(found.ranking[region].itertuples(index=False, name=None))
+    silent = [line for line in found.regions[region].itertuples(index=False, name=None) if line not in ranked]
+    told = "; ".join(f"{case}, slice {index}, {name}" for case, index, name in silent)
+    assert found.notes == ([f"{told}: the gradient is 0, and so is every influence: nothing to rank"] if silent else [])
+    without_overlap = found.regions[found.regions["overlap"] == 0]
+    assert set(without_overlap[region].itertuples(index=False, name=None)) == set(silent)
     positions = {row: indexed.query_slices("test").index(row) for row in rows}
     by_index = indexed.slices.set_index("slice")["index"]
     for (index, class_id, side), group in found.ranking.groupby(["index", "class_id", "side"]):
