@@ -221,7 +221,7 @@ def plan_command(
     config: ConfigOption = None,
     preset: PresetOption = None,
     overrides: SetOption = None,
-    patients: Annotated[int | None, typer.Option(help="Number of patients, where there is no data yet.")] = None,
+    patients: Annotated[int | None, typer.Option(min=1, help="Number of patients, where there is no data yet.")] = None,
     calibrated: Annotated[
         bool,
         typer.Option("--calibrate/--no-calibrate", help="Measure this machine, in five seconds, for the time."),

@@ -1,8 +1,8 @@
 """The configuration of a run: one frozen model a stage, and the fingerprint.
 
 A field either changes the answer or only the speed. The first kind is fingerprinted and stored with the run: a run
-resumes on another cluster, never with another configuration. The second kind (``resources``, ``gradients.keep``) is
-marked with ``speed_only`` and may differ from one invocation to the next.
+resumes on another cluster, never with another configuration. The second kind (``resources``, ``gradients.keep`` and
+others) is marked with ``speed_only`` and may differ from one invocation to the next.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ class SliceSelection(Section):
 
 
 class DataConfig(Section):
-    """Where the patients are and how their volumes become slices (DESIGN: *Data*)."""
+    """Where the patients are and how their volumes become slices."""
 
     root: str | None = None
     """Folder of patients in a BraTS layout, or a CSV file with the columns patient, one per modality, and label."""
@@ -101,7 +101,7 @@ class SplitConfig(Section):
 
 
 class ModelConfig(Section):
-    """The UNet (DESIGN: *Network*)."""
+    """The UNet."""
 
     width: PositiveInt = 64
     """Feature maps of the first level and of the last hidden layer; every level below doubles them."""
@@ -235,7 +235,10 @@ class ReportConfig(Section):
 
 
 class ResourcesConfig(Section):
-    """What a run may use. Nothing here changes the answer."""
+    """What a run may use. Workers don't change a bit of the answer; threads, batches and devices change its rounding.
+
+    Training amplifies rounding: the same seed on another number of threads, or another device, is another network.
+    """
 
     workers: PositiveInt | None = speed_only(None)
     """Processes of the pool; ``null``: one a GPU where there are GPUs, else one a CPU."""

@@ -22,9 +22,9 @@ from ray_tracin.folders import find_cases
 from ray_tracin.gradients import RegionDifferentiator, differentiate_bytes
 from ray_tracin.influence import EXPANDED_VALUES, tile_bytes
 from ray_tracin.layers import Layout
-from ray_tracin.presets import build_config, parse_yaml
+from ray_tracin.presets import build_config
 from ray_tracin.rounding import RowFormat
-from ray_tracin.runs import Run, open_run_with
+from ray_tracin.runs import Run, open_run_with, read_document
 from ray_tracin.store import IncompleteRunError, RunStore
 from ray_tracin.tiling import READ_WORDS
 from ray_tracin.unet import HEAD, build_unet
@@ -325,7 +325,7 @@ def plan_run(
     """
     if uri is not None and RunStore(uri).objects.size(paths.CONFIG) is not None:
         return plan_of(open_run_with(uri, preset=preset, config=config, overrides=overrides))
-    document = None if config is None else parse_yaml(config.read_text(), str(config))
+    document = read_document(config)
     if document is None and preset is None and not overrides:
         raise ValueError("give --run of a run that exists, --config FILE, or --preset demo|paper")
     return _plan_by_patients(build_config(preset, document, overrides), uri, patients)

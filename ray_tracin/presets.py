@@ -85,7 +85,10 @@ def _parsed(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"an override reads key.path=value, got {override!r}")
-    value: Any = yaml.safe_load(text)
+    try:
+        value: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value of {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
     for part in reversed(key.strip().split(".")):
         value = {part: value}
     return dict(value)

@@ -205,7 +205,7 @@ def start_run(
             for a new run.
         FileNotFoundError: the configuration file does not exist.
     """
-    document = _document(config)
+    document = read_document(config)
     store = RunStore(uri)
     if store.objects.size(paths.CONFIG) is None:
         if preset is None and document is None and not overrides:
@@ -229,7 +229,7 @@ def open_run_with(
         FileNotFoundError: there is no run there, or the configuration file does not exist.
     """
     run = open_run(uri)
-    return Run(run.store, _wanted(run, preset, _document(config), overrides)[0])
+    return Run(run.store, _wanted(run, preset, read_document(config), overrides)[0])
 
 
 def _wanted(
@@ -307,7 +307,13 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def _document(path: Path | None) -> dict[str, Any] | None:
+def read_document(path: Path | None) -> dict[str, Any] | None:
+    """The settings of a configuration file; None without one.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it is no YAML.
+    """
     if path is None:
         return None
     if not path.is_file():

@@ -6,6 +6,7 @@ results travel through the run's storage, never through Ray's object store. What
 
 import logging
 import os
+import socket
 import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from ray_tracin.stages import Attempt, Event, Listener, Outcome, Report, Stage, 
 from ray_tracin.store import IncompleteRunError, now
 
 OBJECT_STORE_BYTES = 128 << 20
+CONNECT_SECONDS = 10.0
 
 
 @contextmanager
@@ -52,6 +54,8 @@ def cluster(address: str | None = None, cpus: int | None = None) -> Iterator[str
     if embedded:
         # A private cluster needs no token, and must not leave one in the user's home.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    else:
+        _refuse_silent_address(str(wanted))
     try:
         ray.init(
             address="local" if embedded else wanted,
@@ -67,6 +71,17 @@ def cluster(address: str | None = None, cpus: int | None = None) -> Iterator[str
         yield "embedded" if embedded else "cluster"
     finally:
         ray.shutdown()
+
+
+def _refuse_silent_address(address: str) -> None:
+    """Nothing, if something listens at host:port. Ray itself would ask for many minutes, without a word."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"no Ray cluster at {address!r}: {error}. Start one, or leave --address out") from None
 
 
 def _embedded_options(cpus: int | None) -> dict[str, Any]:

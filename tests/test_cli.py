@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -352,3 +353,26 @@ def arrays_and_tables(root: Path) -> dict[str, bytes]:
     kept = (*root.glob("*.zarr/**/*"), *root.glob("*.parquet"), *root.glob("tables/**/*"), *root.glob("checkpoints/*"))
     files = [path for path in kept if path.is_file() and "#" not in path.name and path.name != "events.parquet"]
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def test_an_address_at_which_nobody_listens_is_refused_at_once(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        started = time.monotonic()
+        done = CliRunner().invoke(
+            app, ["prepare", "--run", str(tmp_path / "run"), "--preset", "demo", "--address", address]
+        )
+    assert done.exit_code != 0
+    assert f"no Ray cluster at '{address}'" in " ".join(done.output.split())
+    assert time.monotonic() - started < 30
+
+
+def test_wrong_values_are_told_as_such(tmp_path: Path) -> None:
+    broken = CliRunner().invoke(app, ["plan", "--preset", "demo", "--set", "data.labels={a: b"])
+    assert broken.exit_code == 2
+    assert "is not valid YAML" in " ".join(broken.output.split())
+    assert CliRunner().invoke(app, ["plan", "--preset", "demo", "--patients", "0"]).exit_code == 2
+    missing = CliRunner().invoke(app, ["plan", "--config", str(tmp_path / "none.yaml"), "--patients", "5"])
+    assert missing.exit_code == 2
+    assert "expected a YAML file" in " ".join(missing.output.split())
