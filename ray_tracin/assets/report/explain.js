@@ -285,8 +285,9 @@ function buildCard(list, entry, score) {
   pane.element,
   h("div.line", {}, h("b.score", {}, shown(score === "cosine" ? entry.cosine : entry.influence)),
     h("span.rank", {}, list === "neutral" ? sign : `${sign}${shownRank(entry)}`)),
-  h("div.line", {}, withClass(classId), h("small", {}, score === "cosine" ? shown(entry.influence, 2) : `cos ${fixed(entry.cosine)}`)),
+  h("div.line", {}, withClass(classId)),
   h("div.line", {}, h("span.where", {}, `${shortName(SLICES.patient[slice])} · ${SLICES.index[slice]}`)),
+  h("div.line", {}, h("small", {}, score === "cosine" ? `influence ${shown(entry.influence, 2)}` : `cosine ${fixed(entry.cosine)}`)),
   h("div.marks", {}, cardMarks(slice, classId, entry.column)));
   pane.show(slice, classId);
   cards.push({ ...entry, list, element, pane, slice, classId });
