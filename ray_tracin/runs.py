@@ -5,6 +5,7 @@ results call; `start_run` is what the command line calls.
 """
 
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -239,6 +240,8 @@ def _wanted(
     if preset is None and document is None:
         document = _stored_document(run.store)
     wanted = build_config(preset, document, overrides)
+    if _absolute(wanted.data.root) == _absolute(run.config.data.root):  # One folder, whichever way it is written.
+        wanted = _with_root(wanted, run.config.data.root)
     differences = run.config.differences(wanted)
     if differences and _has_begun(run.store):
         listed = "\n  ".join(differences)
@@ -253,7 +256,18 @@ def _has_begun(store: RunStore) -> bool:
     return any(not path.startswith(f"{paths.RECEIPTS}/{RECORD[0]}/") for path in store.objects.sizes(paths.RECEIPTS))
 
 
+def _absolute(root: str | None) -> str | None:
+    # Links are left as they are: they may lead elsewhere on other nodes.
+    return None if root is None else os.path.abspath(Path(root).expanduser())  # noqa: PTH100
+
+
+def _with_root(config: RunConfig, root: str | None) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update={"root": root})})
+
+
 def _begin(store: RunStore, config: RunConfig) -> Run:
+    # The run may be gone on with from anywhere.
+    config = _with_root(config, _absolute(config.data.root))
     versions = {"format": FORMAT_VERSION, "fingerprint": config.fingerprint(), "versions": installed_versions()}
     store.objects.put(paths.VERSIONS, json.dumps(versions, indent=1).encode())
     store.objects.put(paths.CONFIG, config.to_yaml().encode())

@@ -88,3 +88,18 @@ def test_a_run_of_format_1_goes_on_with_this_release(tmp_path: Path) -> None:
     (tmp_path / "run/config.yaml").write_bytes(b"")
     assert restore_configuration(uri) == ["config.yaml"]
     assert (tmp_path / "run/config.yaml").read_bytes() == (FORMAT_1 / "config.yaml").read_bytes()
+
+
+def test_a_relative_folder_of_patients_is_the_same_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    begun = start_run(tmp_path / "run", preset="demo", overrides=["data.root=patients"])
+    assert begun.config.data.root == str(tmp_path / "patients")
+    begun.store.write_receipt(Receipt("inspect", "a", begun.fingerprint))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for root in (str(tmp_path / "patients"), "../patients"):
+        assert start_run(tmp_path / "run", overrides=[f"data.root={root}"]).fingerprint == begun.fingerprint
+    with pytest.raises(ValueError, match="has another configuration"):
+        start_run(tmp_path / "run", overrides=["data.root=patients"])
