@@ -10,13 +10,14 @@ import torch
 from typer.testing import CliRunner
 
 from ray_tracin.attribution import Differentiate
+from ray_tracin.claims import ClaimHeldError, driving
 from ray_tracin.cli import app
 from ray_tracin.indexing import IndexSketches, agreement_path, indexed_sizes
 from ray_tracin.integrity import verify
 from ray_tracin.pipeline import Executors, index_sketches, release_gradients, status
 from ray_tracin.querying import EXACT, explain_scan, read_scan, scan_influence
 from ray_tracin.runs import Run, open_run
-from ray_tracin.stages import complete, execute_serially
+from ray_tracin.stages import Event, complete, execute_serially
 
 SERIAL = Executors(execute_serially, execute_serially)
 EVERYTHING = 10_000
@@ -80,6 +81,20 @@ def test_the_agreement_is_measured_on_the_runs_tensor(indexed: Run) -> None:
     assert list(poor["query_set"].unique()) == ["train", "test"]
     note = explain_scan(indexed, known_case(indexed)[0], size=2).notes[-1]
     assert "estimated by sketches of size 2; on the run's own test queries" in note
+
+
+def test_the_run_is_held_while_it_is_indexed(tiny_run: Run, tmp_path: Path) -> None:
+    run = open_run(shutil.copytree(tiny_run.uri, tmp_path / "run"))
+    tried = []
+
+    def listen(event: Event) -> None:
+        if event.stage.startswith("sketch"):
+            with pytest.raises(ClaimHeldError):
+                driving(run.store.objects).__enter__()
+            tried.append(event.stage)
+
+    index_sketches(run, 2, SERIAL, listen)
+    assert len(set(tried)) == 2
 
 
 def test_the_index_is_a_stage_like_others(indexed: Run) -> None:

@@ -473,6 +473,47 @@ def test_a_region_without_a_gradient_says_so(tiny_run: Run, look: Opener) -> Non
     for line, none in zip(found.itertuples(), silent, strict=True):
         choose(page, line.patient, line.index, tiny_run.classes[line._2 - 1])
         assert ("No gradient" in page.locator("#facts").inner_text()) == none
+        assert (page.locator("#rankings").inner_text().count("Nothing to rank.") == 3) == none
+        assert (cards(page, "proponents") == []) == none
+
+
+def test_it_starts_at_a_region_with_a_gradient_where_its_patient_has_one(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run)
+    norms = tiny_run.store.read("influence.zarr/norm2_test").sum(axis=0)
+    rows = list(tiny_run.query_slices("test"))
+    patient = tiny_run.slices.set_index("slice").patient[rows[0]]
+    mine = queried(tiny_run).query("patient == @patient")
+    telling = [norms[c - 1, rows.index(row)] > 0 for row, c in zip(mine.slice, mine["class"], strict=True)]
+    assert any(telling)
+    assert page.locator("#patient").input_value() == patient
+    assert "No gradient" not in page.locator("#facts").inner_text()
+    assert len(cards(page, "proponents")) > 0
+
+
+def test_examinations_of_a_patient_and_what_they_were_read_with_are_told(own_run: Run, look: Opener) -> None:
+    rows = own_run.query_slices("test")
+    first = own_run.slices.set_index("slice").patient[rows[0]]
+    mine = own_run.slices.query("patient == @first").slice.tolist()
+
+    def two_examinations(table: pd.DataFrame) -> pd.DataFrame:
+        later = table.slice.isin(mine[len(mine) // 2 :])
+        table["case"] = table.case.where(~later, table.case + "-001")
+        return table.assign(warnings=table.slice.isin(mine).map({True: "left and right are a guess", False: ""}))
+
+    rewrite(own_run, "slices.parquet", two_examinations)
+    run = render(open_run(own_run.uri))
+    page, cases = look(run), run.slices.set_index("slice").case
+    for line in queried(run).itertuples():
+        choose(page, line.patient, line.index, run.classes[line._2 - 1])
+        name = page.locator("#slice-name").inner_text()
+        assert name.startswith(f"{cases[line.slice]}, slice " if line.patient == first else "slice ")
+        warned = "Read with a warning: left and right are a guess." in page.locator("#facts").inner_text()
+        assert warned == (line.patient == first)
+        if line.slice in mine and cards(page, "proponents"):
+            assert {row["query_case"] for row in saved(page, "#download")} == {cases[line.slice]}
+    page.locator("#tab-curate").click()
+    review = saved(page, "#review-export")
+    assert {row["case"] for row in review} <= set(cases)
 
 
 def test_a_class_that_is_never_predicted_says_so(own_run: Run, look: Opener) -> None:
