@@ -90,7 +90,7 @@ def in_a_process(script: str, *arguments: object, seconds: float = 240, **enviro
 
 
 NODES = """
-import json, logging, sys, threading, time
+import json, logging, sys, time
 from pathlib import Path
 import numpy as np, ray
 from ray.cluster_utils import Cluster
@@ -129,7 +129,7 @@ with RayExecutor(elastic=True) as pool:
         cluster.remove_node(nodes[0], allow_graceful=False)
         while any(node["Alive"] and node["Resources"].get("CPU") for node in ray.nodes()):
             time.sleep(0.2)
-        threading.Timer(5, lambda: cluster.add_node(num_cpus=1, **small)).start()
+        cluster.add_node(num_cpus=1, **small)
         (folder / "later").mkdir()
         run = start_run(folder / "next", preset="demo")
         stage = Square(run, folder / "later", length=20)
