@@ -1,8 +1,20 @@
+import shutil
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 
-from ray_tracin.charts import class_colours, compared, draw_proponent_classes, findings, printed
-from ray_tracin.runs import Run
+from ray_tracin.charts import (
+    class_colours,
+    compared,
+    draw_feature_impact,
+    draw_proponent_classes,
+    findings,
+    printed,
+)
+from ray_tracin.featuring import POOLED
+from ray_tracin.runs import Run, open_run
 
 
 def test_the_permutation_test_counts_permutations() -> None:
@@ -15,6 +27,15 @@ def test_one_feature_in_a_group_is_compared_too() -> None:
     # Of 5 values, 2 are at least as large as the one that is predictive; 1 is as small as the one that isn't.
     assert compared(np.array([3.0]), np.array([1.0, 2.0, 0.0, 4.0])) == "1 predictive: +1.2500, p = 0.400"
     assert compared(np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.0])) == "4 predictive: +2.5000, p = 0.200"
+
+
+def test_a_p_below_a_thousandth_is_called_so() -> None:
+    few, many = np.linspace(1, 1.1, 3), np.linspace(0, 0.1, 17)
+    # Of the 1140 ways to choose 3 of 20, one has the largest.
+    assert compared(few, many) == "3 predictive: +1.0000, p < 0.001"
+    # Of 1000 values, one is as large: p is 0.001, which is written.
+    assert compared(np.array([2.0]), np.linspace(0, 1, 999)) == "1 predictive: +1.5000, p = 0.001"
+    assert compared(np.array([2.0]), np.linspace(0, 1, 1999)) == "1 predictive: +1.5000, p < 0.001"
 
 
 @pytest.mark.parametrize(("predictive", "others"), [(0, 4), (4, 0)])
@@ -49,3 +70,31 @@ def test_numbers_in_pictures() -> None:
     assert [printed(value, 2) for value in (430.0, -0.013, 0.0, -12345.0, 2.6e-06)] == [
         *("430", "−0.013", "0", "−12000", "2.6e−06"),
     ]
+
+
+@pytest.fixture
+def telling(tiny_run: Run, tmp_path: Path) -> Run:
+    """Of twenty features ten are predictive, and these matter more than all others; no slice has the first class."""
+    root = tmp_path / "run"
+    shutil.copytree(tiny_run.uri, root, ignore=shutil.ignore_patterns("gradients.zarr", "tiles.zarr"))
+    lines = pd.MultiIndex.from_product([range(20), (1, 2, 3)], names=["feature", "class"]).to_frame(index=False)
+    predictive = lines["feature"] < 10
+    impact = np.where(predictive, 0.5, 0.0) + lines["feature"] / 1000
+    lines.assign(impact=impact.where(lines["class"] != 1)).to_parquet(root / "tables/feature_impact.parquet")
+    trends = lines.rename(columns={"class": "query_class"}).assign(train_class=POOLED, predictive=predictive)
+    trends.to_parquet(root / "tables/feature_trends.parquet")
+    return open_run(root)
+
+
+def test_figure_7_and_the_findings_say_how_small_p_is(telling: Run) -> None:
+    figure = draw_feature_impact(telling)
+    first, *others = (axis.get_title().split("\n")[1] for axis in figure.axes)
+    assert first == "0 predictive, 0 others: nothing to compare"
+    assert others == ["10 predictive: +0.4900, p < 0.001"] * 2
+    assert [line.split(": ", 2)[2] for line in findings(telling)[-2:]] == others
+
+
+def test_figure_7_has_its_legend_where_the_first_class_has_no_impact(telling: Run) -> None:
+    figure = draw_feature_impact(telling)
+    assert not figure.axes[0].get_legend_handles_labels()[0]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["predictive", "others"]

@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
+from typer.testing import CliRunner
 
 from ray_tracin import figures
+from ray_tracin.cli import app
 from ray_tracin.config import ExplainersConfig
 from ray_tracin.explanation import RegionExplanation, explain_region
 from ray_tracin.runs import Run, open_run
@@ -169,3 +172,62 @@ def test_the_picture_has_neutral_regions_and_the_links(
     np.testing.assert_array_equal(np.ma.filled(strip.images[0].get_array(), np.nan), expected)
     assert [label.get_text() for label in strip.get_xticklabels()] == ["2", "0"]
     assert [label.get_text() for label in strip.get_yticklabels()] == ranks
+
+
+def plant_influence(run: Run, row: int, class_id: int, value: float) -> None:
+    """Every influence that there is on a test region becomes a value."""
+    array = zarr.open_array(f"{run.uri}/influence.zarr/test", mode="r+")
+    where = (class_id - 1, run.query_slices("test").index(row))
+    there = np.asarray(array[where])
+    array[where] = np.where(np.isnan(there), np.nan, value)
+
+
+def test_a_region_without_a_gradient_has_nothing_to_rank_and_is_drawn_alone(planted: Run, tmp_path: Path) -> None:
+    *where, row, class_id = first_region(planted, "test")
+    before = explain_region(planted, *where)
+    assert not before.proponents.empty
+    assert not any("nothing to rank" in warning for warning in before.warnings)
+    plant_influence(planted, row, class_id, 0.0)
+    for keep_global in (False, True):
+        found = explain_region(planted, *where, keep_global=keep_global)
+        assert {name: len(ranking) for name, ranking in found.rankings.items()} == {
+            "proponent": 0,
+            "neutral": 0,
+            "opponent": 0,
+        }
+        assert "nothing to rank: every influence on this region is 0 or left out" in found.warnings
+        assert list(found.proponents) == list(before.proponents)
+    patient, index, class_name = where
+    arguments = ["--patient", patient, "--index", str(index), "--class", class_name, "--out", str(tmp_path / "x.png")]
+    done = CliRunner().invoke(app, ["explain", "--run", planted.uri, *arguments])
+    assert done.exit_code == 0, done.output
+    assert "warning: nothing to rank" in " ".join(done.output.split())
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_region_that_some_checkpoint_lacks_is_told_from_one_that_is_not_predicted(planted: Run) -> None:
+    *where, row, class_id = first_region(planted, "test")
+    plant_influence(planted, row, class_id, np.nan)
+    regions = planted.config.regions.model_copy(update={"source": "checkpoint"})
+    run = Run(RunStore(planted.uri), planted.config.model_copy(update={"regions": regions}))
+    with pytest.raises(ValueError, match=r"not all of its checkpoints do \(regions\.source is checkpoint\)") as caught:
+        explain_region(run, *where)
+    assert "predicts no" not in str(caught.value)
+    table = run.table("regions")
+    table.loc[(table["slice"] == row) & (table["class"] == class_id), "pixels"] = 0
+    table.to_parquet(Path(planted.uri) / "regions.parquet")
+    with pytest.raises(ValueError, match=f"the network predicts no {where[2]} with more than 50% confidence"):
+        explain_region(Run(RunStore(planted.uri), run.config), *where)
+
+
+def test_what_a_patient_was_read_with_is_a_warning(planted: Run) -> None:
+    *where, row, _ = first_region(planted, "test")
+    *other, _, _ = first_region(planted, "train")
+    path = Path(planted.uri) / "slices.parquet"
+    slices = pd.read_parquet(path)
+    slices.loc[slices["slice"] == row, "warnings"] = "left and right are a guess (LAS)"
+    slices.to_parquet(path)
+    run = open_run(planted.uri)
+    text = "read with a warning: left and right are a guess (LAS)"
+    assert text in explain_region(run, *where).warnings
+    assert not any("read with" in warning for warning in explain_region(run, *other).warnings)

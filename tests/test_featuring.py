@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import zarr
 from conftest import TINY
 
 from ray_tracin import featuring
@@ -304,3 +305,25 @@ def test_what_is_damaged_is_made_again_and_nothing_else(copied_run: Run) -> None
     assert finish(open_run(root)) == ["feature-sums", "impact-tables"]
     assert contents(copied_run) == before
     assert verify(open_run(root)) == {}
+
+
+def test_a_query_without_a_gradient_is_in_no_sum(copied_run: Run) -> None:
+    """Its zeros would be ranked by the numbers of the columns."""
+    before = copied_run.table("feature_importance")
+    array = zarr.open_array(f"{copied_run.uri}/influence.zarr/test", mode="r+")
+    tensor = np.asarray(array[...])
+    telling = np.nan_to_num(tensor).any(axis=2).sum(axis=1)
+    query_class = int(telling.argmax()) + 1
+    assert telling[query_class - 1] > 1
+    position = int(np.flatnonzero(np.nan_to_num(tensor[query_class - 1]).any(axis=1))[0])
+    tensor[query_class - 1, position] *= 0
+    array[...] = tensor
+    forget(copied_run)
+    for stage in (featuring.MapFeatures, featuring.RankFeatures, featuring.TabulateFeatures):
+        _complete(stage(copied_run))
+    assert_importance(copied_run)
+    after = copied_run.table("feature_importance")
+    most = [table.queries[table.query_class == query_class].max() for table in (before, after)]
+    assert most == [telling[query_class - 1], telling[query_class - 1] - 1]
+    kept = (table[table.query_class != query_class].reset_index(drop=True) for table in (before, after))
+    pd.testing.assert_frame_equal(*kept)

@@ -554,8 +554,27 @@ class SeveralOutputs(nn.Module):
         return self.head(made["out"] + 2 * made["features"][0] * made["features"][1])
 
 
-def test_outputs_of_a_unit_that_are_made_from_one_another_are_counted_once():
-    model = networks.seeded(SeveralOutputs).double().eval()
+class Recurrent(nn.Module):
+    """A cell that is called once a column, and whose hidden state is made from the cell state beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTMCell(2, 4)
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        slices, _, height, width = x.shape
+        hidden = state = x.new_zeros(slices * height, 4)
+        seen = []
+        for column in range(width):
+            hidden, state = self.cell(x[..., column].mT.flatten(0, 1), (hidden, state))
+            seen.append((hidden + state / 2).unflatten(0, (slices, height)).mT)
+        return self.head(torch.stack(seen, 3))
+
+
+@pytest.mark.parametrize("build", [SeveralOutputs, Recurrent])
+def test_outputs_of_a_unit_that_are_made_from_one_another_are_counted_once(build):
+    model = networks.seeded(build).double().eval()
     images, labels, masks = networks.batch()
     engine = differentiator(model, images.double())
     engine.check(images.double(), labels, masks)

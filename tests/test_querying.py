@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +16,7 @@ from ray_tracin.cli import app
 from ray_tracin.indexing import IndexSketches, agreement_path, indexed_sizes
 from ray_tracin.integrity import verify
 from ray_tracin.pipeline import Executors, index_sketches, release_gradients, status
-from ray_tracin.querying import EXACT, explain_scan, read_scan, scan_influence
+from ray_tracin.querying import EXACT, ScanExplanation, explain_scan, read_scan, scan_influence
 from ray_tracin.runs import Run, open_run
 from ray_tracin.stages import Event, complete, execute_serially
 
@@ -147,3 +148,41 @@ def test_the_command_answers_and_writes_the_ranking(indexed: Run, tmp_path: Path
     wrong = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "ranking.xlsx")])
     assert wrong.exit_code == 2
     assert "a .parquet or a .csv file" in wrong.output
+
+
+def test_regions_that_are_annotated_as_nothing_rank_nobody_and_warnings_are_noted(indexed: Run, tmp_path: Path) -> None:
+    """No pixel of such a region is of its class: its gradient is 0, and an order of zeros would be that of columns."""
+    folder, rows = known_case(indexed)
+    copy = Path(shutil.copytree(folder, tmp_path / "EMPTY"))
+    path = next(copy.glob("*seg*"))
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine, image.header), path)
+    indices = [int(index) for index in indexed.slices.set_index("slice")["index"][rows]]
+    found = explain_scan(indexed, copy, size=EXACT, indices=indices, k=2)
+    assert len(found.regions) > 0
+    assert (found.regions["overlap"] == 0).all()
+    assert found.ranking.empty
+    lines = found.regions[["index", "class_name"]].itertuples(index=False, name=None)
+    silent = "; ".join(f"EMPTY, slice {index}, {name}" for index, name in lines)
+    assert found.notes == [
+        "EMPTY: read with a warning: the segmentation is empty: no voxel is labelled",
+        f"{silent}: the gradient is 0, and so is every influence: nothing to rank",
+    ]
+
+
+def test_notes_name_the_regions_without_a_ranking_and_each_warning_once() -> None:
+    regions = pd.DataFrame(
+        {
+            "case": ["A", "A", "B"],
+            "index": [3, 3, 3],
+            "class_name": ["ED", "ET", "ED"],
+            "labelled": True,
+            "warnings": ["shifted", "shifted", ""],
+        }
+    )
+    ranking = regions.iloc[[1, 2]]
+    assert ScanExplanation(regions, ranking, EXACT, pd.DataFrame()).notes == [
+        "A: read with a warning: shifted",
+        "A, slice 3, ED: the gradient is 0, and so is every influence: nothing to rank",
+    ]
+    assert ScanExplanation(regions.iloc[2:], ranking, EXACT, pd.DataFrame()).notes == []
