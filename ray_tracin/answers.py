@@ -92,7 +92,6 @@ def _named(ranking: pd.DataFrame) -> Iterator[str]:
 
 def write_ranking(ranking: pd.DataFrame, path: Path) -> None:
     """The whole ranking as a file: Parquet, or CSV where the name says so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
         ranking.to_csv(path, index=False)
     else:

@@ -39,9 +39,7 @@ class AssembleStripes(Stage[Stripe]):
             "learning_rates": self._learning_rates,
             "train_slices": list(run.train_slices),
             "classes": list(run.classes),
-            "region_source": run.config.regions.source,
-            "score": run.config.gradients.score,
-            "parameters": run.config.gradients.model_dump(mode="json")["parameters"],
+            **run.config.differentiated(),
         }
         run.store.create_group(paths.INFLUENCE, about)
         kept = ("query_class", "query")
@@ -163,7 +161,7 @@ class ExportInfluence(Stage[Stripe]):
                 }
             )
             folder = f"{paths.INFLUENCE_TABLE}/query_set={key.query_set}/query_class={position + 1}"
-            run.store.write_table(f"{folder}/part-{key.start:06d}-{key.stop:06d}.parquet", table)
+            run.write_table(f"{folder}/part-{key.start:06d}-{key.stop:06d}.parquet", table)
             rows += len(table)
         return {"rows": rows}
 
@@ -199,7 +197,7 @@ class TabulateSelfInfluence(Stage[str]):
         def tabulate(key: str) -> Result:
             table, about = self._regions(), SELF_INFLUENCE_TABLES[key]
             table = _aggregated(table, about) if about else table
-            self.run.store.write_table(f"tables/{key}.parquet", table)
+            self.run.write_table(f"tables/{key}.parquet", table)
             return {"rows": len(table)}
 
         return tabulate

@@ -77,7 +77,6 @@ class Differentiate(Stage[GradientShard]):
         run, settings = self.run, self.run.config.gradients
         layout = differentiator(run, run.config.influence_epochs()[0], torch.device("cpu")).layout
         rows_are = RowFormat(layout, settings.dtype)
-        inner = min(INNER_CHUNK_WORDS, rows_are.words)
         for epoch in run.config.influence_epochs():
             run.store.create_group(f"{paths.GRADIENTS}/{checkpoint_name(epoch)}", {"layout": layout.to_json()})
             for name in needed_sets(run):
@@ -85,8 +84,8 @@ class Differentiate(Stage[GradientShard]):
                 run.store.create_array(
                     gradients_path(epoch, name),
                     shape=(len(rows), rows_are.words),
-                    shards=(settings.shard_slices, -(-rows_are.words // inner) * inner),
-                    chunks=(settings.shard_slices, inner),
+                    shards=(settings.shard_slices, stored_words(rows_are)),
+                    chunks=(settings.shard_slices, min(INNER_CHUNK_WORDS, rows_are.words)),
                     dtype=rows_are.array_dtype,
                     dimensions=("slice", "value"),
                     attributes={"logical_dtype": settings.dtype, "slices": list(rows)},
@@ -95,6 +94,12 @@ class Differentiate(Stage[GradientShard]):
     def open(self) -> Callable[[GradientShard], Result]:
         """Differentiate the slices of a shard and write it."""
         return partial(_write_shard, self.run, ShardDifferentiator(self.run))
+
+
+def stored_words(form: RowFormat) -> int:
+    """Words that a row takes on disk: whole inner chunks."""
+    inner = min(INNER_CHUNK_WORDS, form.words)
+    return -(-form.words // inner) * inner
 
 
 def _write_shard(run: Run, make: "ShardDifferentiator", key: GradientShard) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ray_tracin.figures import DrawFigures, draw_explanation
 from ray_tracin.integrity import FOREIGN, repair, verify
 from ray_tracin.labelmaps import export_label_maps
 from ray_tracin.phantom import Edition
-from ray_tracin.pipeline import STEPS, Executors, index_sketches, is_prepared, run_to, status
+from ray_tracin.pipeline import STEPS, Executors, index_sketches, is_prepared, refuse_missing_patients, run_to, status
 from ray_tracin.planning import measure, plan_run
 from ray_tracin.progress import progress
 from ray_tracin.querying import EXACT, explain_scan
@@ -32,6 +32,7 @@ from ray_tracin.report import PAGE, RenderReport, discard_other_report
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor, cluster, write_phantoms
 from ray_tracin.stages import Listener, Report, Stage
+from ray_tracin.vocabulary import UsageError
 
 DEMO_PATIENTS = 28
 LOG_WIDTH = 160
@@ -72,7 +73,7 @@ def _failing_clearly(debug: bool) -> Iterator[None]:
         known = isinstance(error, ValueError | OSError)
         kind = "" if known else f"{type(error).__name__}: "
         hint = "" if known else "\nThis is not an error that was foreseen: --debug shows where it comes from"
-        _fail(f"{kind}{error}{notes}{hint}", 1)
+        _fail(f"{kind}{error}{notes}{hint}", 2 if isinstance(error, UsageError) else 1)
 
 
 @contextmanager
@@ -103,12 +104,12 @@ def demo(
     debug: DebugOption = False,
 ) -> None:
     """Synthetic patients, then everything on them: minutes on two CPU cores."""
-    with _failing_clearly(debug), cluster(address) as kind:
-        started = time.monotonic()
+    with _failing_clearly(debug):
         with _configuring(debug):
             folder = _demo_patients(run)
             opened = start_run(run, preset="demo", overrides=[f"data.root={folder}", *(overrides or [])])
-        with progress(out) as listen:
+        started = time.monotonic()
+        with cluster(address) as kind, progress(out) as listen:
             if not is_prepared(opened):
                 write_phantoms(folder, DEMO_PATIENTS, listen)
             _complete(opened, STEPS[-1], listen, kind)
@@ -157,6 +158,7 @@ def step_command(step: str) -> Callable[..., None]:
         with _failing_clearly(debug):
             with _configuring(debug):
                 opened = start_run(run, preset=preset, config=config, overrides=overrides or [])
+                refuse_missing_patients(opened)
             started = time.monotonic()
             with cluster(address) as kind, progress(out) as listen:
                 _complete(opened, step, listen, kind)
@@ -297,6 +299,7 @@ def explain(
     with _failing_clearly(debug):
         with _configuring(debug):
             opened = open_run(run)
+            _refuse_other_files(picture, ".png")
         found = explain_region(opened, patient, index, class_name, top, keep_global=keep_global)
         out.print(
             f"{found.patient}, slice {found.index}, {found.class_name}: {found.pixels} pixels, "
@@ -341,7 +344,7 @@ def sketches(
     """Index the training set by sketches, for `query`; measures what the index is worth on the run's own tensor."""
     with _failing_clearly(debug):
         with _configuring(debug):
-            opened = start_run(run, overrides=overrides or [])
+            opened = start_run(open_run(run).uri, overrides=overrides or [])
         started = time.monotonic()
         with cluster(address) as kind, progress(out) as listen, RayExecutor(elastic=kind == "cluster") as pool:
             index_sketches(opened, size, Executors(pool=pool, tables=pool), listen)
@@ -352,7 +355,9 @@ def sketches(
 @app.command()
 def query(
     run: RunOption,
-    case: Annotated[Path, typer.Option(help="Folder of a new examination (or of several), or a CSV file.")],
+    case: Annotated[
+        Path, typer.Option(exists=True, help="Folder of a new examination (or of several), or a CSV file.")
+    ],
     index: Annotated[
         list[int] | None, typer.Option(help="Slices to explain; the run's own selection without it.")
     ] = None,
@@ -366,8 +371,7 @@ def query(
     with _failing_clearly(debug):
         with _configuring(debug):
             opened = open_run(run)
-            if table is not None and table.suffix not in (".parquet", ".csv"):
-                raise ValueError(f"--out writes a .parquet or a .csv file, got {table}")
+            _refuse_other_files(table, ".parquet", ".csv")
         started = time.monotonic()
         found = explain_scan(opened, case, size=EXACT if exact else size, indices=index or (), k=top)
         for note in found.notes:
@@ -393,6 +397,15 @@ def _complete(run: Run, step: str, listen: Listener, kind: str) -> None:
             execute_on_ray_data(stage, keys, report)
 
         run_to(run, step, Executors(pool=pool, tables=write_tables), listen)
+
+
+def _refuse_other_files(path: Path | None, *kinds: str) -> None:
+    """Before minutes are spent: the file that is asked for is of a kind that is written, and has a folder."""
+    if path is None:
+        return
+    if path.suffix not in kinds or path.is_dir():
+        raise UsageError(f"--out writes a {' or a '.join(kinds)} file, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _print_plan(title: str, lines: Sequence[tuple[str, str]]) -> None:

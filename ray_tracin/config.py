@@ -59,6 +59,7 @@ class DataConfig(Section):
     root: str | None = None
     """Folder of patients in a BraTS layout, or a CSV file with the columns patient, one per modality, and label."""
     layout: Literal["auto", "brats", "csv"] = "auto"
+    """How ``root`` is read; ``auto``: a CSV file if it is one or holds ``dataset.csv``, else the folders of BraTS."""
     modalities: Annotated[tuple[str, ...], Field(min_length=1)] = ("t1", "t1ce", "t2", "flair")
     """Channels of the network, in this order; in a CSV file the names of the columns."""
     label_scheme: LabelScheme = "auto"
@@ -66,9 +67,11 @@ class DataConfig(Section):
     labels: dict[int, str] | None = None
     """Label value → class name, in class order; overrides ``label_scheme``."""
     grade: Literal["all", "HGG", "LGG"] = "all"
+    """Patients of this grade alone: high-grade or low-grade gliomas."""
     cohort: Literal["all", "brats2019"] = "all"
     """``brats2019`` keeps the patients of BraTS 2020 that ``name_mapping.csv`` also lists for 2019."""
     slices: SliceSelection = SliceSelection()
+    """Which slices of a patient are cut."""
     size: PositiveInt = 192
     """Height and width of a slice after cropping or padding."""
     crop_start: int | None = None
@@ -77,6 +80,7 @@ class DataConfig(Section):
     """Upper end of the scale to [−1, 1]: the percentile of the non-zero voxels of the volume, or the maximum of the
     cropped slab."""
     percentile: Annotated[float, Field(gt=0, le=100)] = 99.5
+    """For ``intensity: percentile``."""
     strict: bool = False
     """Fail on the first patient that cannot be read instead of listing it in ``skipped.parquet``."""
 
@@ -91,7 +95,9 @@ class SplitConfig(Section):
     """The patient-wise split. Without a test share, the test queries are the validation slices."""
 
     validation: Probability = 0.2
+    """Share of the patients."""
     test: Probability = 0.0
+    """Share of the patients."""
 
     @model_validator(mode="after")
     def _leaves_training_patients(self) -> "SplitConfig":
@@ -108,13 +114,16 @@ class ModelConfig(Section):
     depth: Annotated[int, Field(ge=2)] = 5
     """Levels, the bottom one included."""
     norm: Literal["batch", "instance", "group", "none"] = "batch"
+    """The normalisation after every 3×3 convolution."""
 
 
 class AugmentationConfig(Section):
     """Training-time augmentation: probability of each transform, and its strength."""
 
     elastic: Probability = 0.5
+    """A random smooth displacement."""
     crop: Probability = 0.5
+    """A random window, resized to the slice."""
     mirror: Probability = 0.5
     """Left–right."""
     elastic_spacing: Positive = 30.0
@@ -129,16 +138,23 @@ class TrainingConfig(Section):
     """Section 3.2 of the paper."""
 
     epochs: PositiveInt = 30
+    """With Adam and SGD together."""
     batch_size: PositiveInt = 10
+    """Slices of a step."""
     dice: Literal["slice", "batch"] = "slice"
     """Dice of each slice, averaged, or of all pixels of the batch."""
     smoothing: Positive = 1e-5
+    """Added above and below the fraction of the soft Dice, which an absent class would not have otherwise."""
     adam_epochs: Annotated[int, Field(ge=0)] = 5
+    """Epochs with Adam; SGD takes over after them."""
     adam_learning_rate: Positive = 1e-4
+    """While Adam trains."""
     weight_decay: NonNegative = 1e-5
     """Of Adam; SGD has none."""
     sgd_learning_rate: Positive = 1e-2
+    """While SGD trains: η of eq. 6."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of SGD."""
     augmentation: AugmentationConfig = AugmentationConfig()
     workers: PositiveInt = 1
     """Processes that train together through Ray Train; 1 trains in a plain Ray task."""
@@ -182,6 +198,7 @@ class InfluenceConfig(Section):
     checkpoints: PositiveInt | tuple[int, ...] = 5
     """The first so many epochs after the switch to SGD, or a list of epochs."""
     query_sets: tuple[Literal["train", "test"], ...] = ("train", "test")
+    """What is explained: the training slices themselves, the test queries, or both."""
     tile_slices: PositiveInt = 64
     """Slices on each side of a tile."""
 
@@ -243,7 +260,9 @@ class ResourcesConfig(Section):
     workers: PositiveInt | None = speed_only(None)
     """Processes of the pool; ``null``: one a GPU where there are GPUs, else one a CPU."""
     device: Literal["auto", "cpu", "cuda"] = speed_only("auto")
+    """``auto``: a GPU where there is one."""
     gpus_per_worker: Positive = speed_only(1.0)
+    """GPUs that a worker takes; below 1 several share one."""
     threads: PositiveInt = speed_only(1)
     """CPU threads of a worker."""
     training_threads: PositiveInt = speed_only(2)
@@ -264,6 +283,7 @@ class RunConfig(Section):
     """Everything that a run is told."""
 
     seed: int = 0
+    """Of the split, the weights, the augmentation and the order of batches."""
     data: DataConfig = DataConfig()
     split: SplitConfig = SplitConfig()
     model: ModelConfig = ModelConfig()
@@ -307,6 +327,14 @@ class RunConfig(Section):
                 "train longer or ask for fewer checkpoints"
             )
         return epochs
+
+    def differentiated(self) -> dict[str, Any]:
+        """Whose regions' gradients by which parameters the influence is made of, as plain values: outputs name it."""
+        return {
+            "region_source": self.regions.source,
+            "score": self.gradients.score,
+            "parameters": self.gradients.model_dump(mode="json")["parameters"],
+        }
 
     def answer(self) -> dict[str, Any]:
         """What changes the answer, as plain values."""

@@ -67,7 +67,7 @@ class CountLists(Stage[Stripe]):
             frames = [self._counts(scores, regions) for scores in found]
             exists = torch.stack([(~scores.influence.isnan()).any(0) for scores in found]).any(0).numpy()
             parts = [frame[exists] for frame in frames]
-            self.run.store.write_table(_part("lists", key), pd.concat(parts, ignore_index=True))
+            self.run.write_table(_part("lists", key), pd.concat(parts, ignore_index=True))
             return {"queries": [scores.queries for scores in found]}
 
         return count
@@ -117,7 +117,7 @@ class TabulateGlobalExplainers(Stage[str]):
             parts = [self.run.store.read_table(_part("lists", key)) for key in counting.keys()]  # noqa: SIM118
             counts = pd.concat(parts).groupby(region, as_index=False, sort=True)[list(SIDES)].sum()
             table = self._shares(counts, queries[counts["query_class"] - 1])
-            self.run.store.write_table(paths.GLOBAL_EXPLAINERS, table)
+            self.run.write_table(paths.GLOBAL_EXPLAINERS, table)
             return {"global": int(table["is_global"].sum())}
 
         return tabulate
@@ -211,7 +211,7 @@ class RankPatients(Stage[Stripe]):
 def _write_parts(run: Run, key: Stripe, frames: Mapping[str, Sequence[pd.DataFrame]]) -> None:
     for name, parts in frames.items():
         part = pd.concat(parts).sort_values(["query_slice", "query_class", "rank"], ignore_index=True)
-        run.store.write_table(_part(name, key), part)
+        run.write_table(_part(name, key), part)
 
 
 class _Ranker:
@@ -326,7 +326,7 @@ class TabulateRankings(Stage[str]):
 
         def tabulate(name: str) -> Result:
             table = self._class_shares() if name == CLASSES_TABLE else self._joined(name)
-            self.run.store.write_table(f"tables/{name}.parquet", table)
+            self.run.write_table(f"tables/{name}.parquet", table)
             return {"rows": len(table)}
 
         return tabulate

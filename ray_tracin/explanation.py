@@ -19,7 +19,7 @@ from ray_tracin.featuring import MAXIMA, POOLED
 from ray_tracin.runs import Run
 from ray_tracin.scores import ClassScores, StripeReader
 from ray_tracin.store import Array, IncompleteRunError
-from ray_tracin.vocabulary import QuerySet, Stripe
+from ray_tracin.vocabulary import QuerySet, Stripe, UsageError
 
 LOW_OVERLAP = 0.1
 """Below this share of a region in its ground truth its Dice and the gradient of it are near zero whatever is wrong."""
@@ -96,7 +96,8 @@ def explain_region(
     Global explainers, which explain everything alike, are left out unless ``keep_global``.
 
     Raises:
-        ValueError: there is no such class, slice or region; what there is, is listed.
+        UsageError: there is no such class or slice; what there is, is listed.
+        ValueError: there is no such region; those of the slice are listed.
         IncompleteRunError: the tensor is not computed yet.
     """
     class_id = _class_id(run, class_name)
@@ -206,20 +207,16 @@ def _with_links(run: Run, ranking: pd.DataFrame, query: Tensor, features: Sequen
 
 def _class_id(run: Run, class_name: str) -> int:
     if class_name not in run.classes:
-        raise ValueError(f"no class {class_name!r}; classes of this run: {', '.join(run.classes)}")
+        raise UsageError(f"no class {class_name!r}; classes of this run: {', '.join(run.classes)}")
     return run.classes.index(class_name) + 1
 
 
 def _slice_row(run: Run, patient: str, index: int) -> int:
-    table = run.slices
-    mine = table[(table["patient"] == patient) | (table["case"] == patient)]
-    if mine.empty:
-        near = sorted(set(table["patient"]))
-        raise ValueError(f"no patient {patient!r} in this run; there are {len(near)}, such as {', '.join(near[:5])}")
+    mine = run.slices_of(patient)
     chosen = mine.loc[mine["index"] == index, "slice"]
     if len(chosen) != 1:
         positions = ", ".join(f"{case}: {list(group['index'])}" for case, group in mine.groupby("case"))
-        raise ValueError(f"patient {patient} has {len(chosen)} slices at index {index}; slices are at {positions}")
+        raise UsageError(f"patient {patient} has {len(chosen)} slices at index {index}; slices are at {positions}")
     return int(chosen.iloc[0])
 
 
@@ -228,7 +225,7 @@ def _query_position(run: Run, row: int) -> tuple[QuerySet, int]:
         rows = run.query_slices(query_set)
         if row in rows:
             return query_set, rows.index(row)
-    raise ValueError(f"slice {row} is in none of the query sets of this run: {', '.join(run.query_sets)}")
+    raise UsageError(f"slice {row} is in none of the query sets of this run: {', '.join(run.query_sets)}")
 
 
 def _no_region(run: Run, row: int, class_name: str) -> str:

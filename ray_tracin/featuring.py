@@ -209,9 +209,9 @@ class TabulateFeatures(Stage[str]):
                         curves.append(_curve_rows(importance[:, places], counts[:, places], *about))
                         trends.append(_trend_rows(importance[:, places], run.config.features, *about))
             order = ["query_class", "train_class", "feature"]
-            run.store.write_table(paths.FEATURE_IMPORTANCE, _joined(curves))
+            run.write_table(paths.FEATURE_IMPORTANCE, _joined(curves))
             table = pd.concat(trends).sort_values(order, ignore_index=True)
-            run.store.write_table(paths.FEATURE_TRENDS, table)
+            run.write_table(paths.FEATURE_TRENDS, table)
             return {"predictive": int(table["predictive"].sum())}
 
         return tabulate

@@ -104,7 +104,7 @@ def find_cases(config: DataConfig) -> tuple[list[Case], list[Skipped]]:
         ValueError: it is not set, is empty or holds no usable case; two cases have one name; the grade or cohort
             asked for can't be told; or, under ``data.strict``, any case is skipped.
     """
-    root = _existing_root(config)
+    root = existing_root(config)
     listing = _listing(root, config)
     if listing is not None:
         found = list(_listed_cases(listing, config))
@@ -134,7 +134,13 @@ def decide_dialect(cases: Iterable[Case]) -> Dialect:
     return "brats2023" if any(_NEW_NAME.search(str(path)) for path in names) else "brats"
 
 
-def _existing_root(config: DataConfig) -> Path:
+def existing_root(config: DataConfig) -> Path:
+    """``data.root``.
+
+    Raises:
+        ValueError: it is not set.
+        FileNotFoundError: it does not exist.
+    """
     if not config.root:
         raise ValueError(f"data.root is not set: give the folder or CSV file of the patients; {KNOWN_LAYOUTS}")
     root = Path(config.root).expanduser()

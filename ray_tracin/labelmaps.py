@@ -39,7 +39,8 @@ def export_label_maps(run: Run, out: Path, patient: str | None = None) -> Iterat
     confident (the explained ones). ``labels.ctbl`` colours them in 3D Slicer, ``labels_itksnap.txt`` in ITK-SNAP.
 
     Raises:
-        ValueError: there is no such patient; or the original file, which has the orientation, is gone or another one.
+        UsageError: there is no such patient.
+        ValueError: the original file, which has the orientation, is gone or another one.
         IncompleteRunError: the network is not trained or its regions are not mapped yet.
     """
     cases = _cases(run, patient)
@@ -98,12 +99,7 @@ def _rows(run: Run) -> list[tuple[int, str, int, int, int]]:
 
 
 def _cases(run: Run, patient: str | None) -> list[str]:
-    table = run.slices
-    if patient is not None:
-        table = table[(table["patient"] == patient) | (table["case"] == patient)]
-    if table.empty:
-        there = sorted(set(run.slices["patient"]))
-        raise ValueError(f"no patient {patient!r} in this run; there are {len(there)}, such as {', '.join(there[:5])}")
+    table = run.slices if patient is None else run.slices_of(patient)
     return sorted(set(table["case"]))
 
 

@@ -135,7 +135,7 @@ class TabulateRegions(Stage[str]):
             results = [receipt.result for receipt in self.run.store.receipts(MapRegions.name).values()]
             frames = [_region_rows(result, region_networks(self.run)) for result in results]
             table = pd.concat(frames).sort_values(["slice", "class"], ignore_index=True)
-            self.run.store.write_table(paths.REGIONS, table)
+            self.run.write_table(paths.REGIONS, table)
             return {"regions": int((table["pixels"] > 0).sum())}
 
         return tabulate

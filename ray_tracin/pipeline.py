@@ -18,6 +18,7 @@ from ray_tracin.costs import StageCost, collect_events, publish_events, stage_co
 from ray_tracin.explaining import CountLists, RankPatients, RankQueries, TabulateGlobalExplainers, TabulateRankings
 from ray_tracin.featuring import MapFeatures, RankFeatures, TabulateFeatures
 from ray_tracin.figures import DrawFigures
+from ray_tracin.folders import existing_root
 from ray_tracin.indexing import IndexSketches, MeasureSketches, indexed_sizes
 from ray_tracin.learning import TabulateCheckpoints, Train, drop_states
 from ray_tracin.mapping import MapRegions, TabulateRegions
@@ -118,10 +119,20 @@ def _prepare(run: Run, executors: Executors, listen: Listener) -> None:
         if run.config.data.root and Path(run.config.data.root).exists():
             complete(Inspect(run), executors.pool, listen)  # Its receipts may be damaged although nothing needs them.
         return
-    if run.config.data.root is None:
-        raise ValueError("data.root is not set: give the folder (or CSV) of patients, --set data.root=…")
     for stage in (Inspect(run), Index(run), Cut(run), TabulateSlices(run)):
         complete(stage, executors.pool, listen)
+
+
+def refuse_missing_patients(run: Run) -> None:
+    """Nothing, if the patients are where they should be, or are not needed any more.
+
+    Raises:
+        ValueError: ``data.root`` is not set.
+        FileNotFoundError: it does not exist.
+    """
+    root = run.config.data.root
+    if not (root and Path(root).exists()) and not is_prepared(run):
+        existing_root(run.config.data)
 
 
 def is_prepared(run: Run) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ray_tracin import store as paths
+from ray_tracin.attribution import stored_words
 from ray_tracin.calibration import NOMINAL, Rates, calibrate
 from ray_tracin.config import RunConfig
 from ray_tracin.folders import find_cases
@@ -24,7 +24,7 @@ from ray_tracin.influence import EXPANDED_VALUES, tile_bytes
 from ray_tracin.layers import Layout
 from ray_tracin.presets import build_config
 from ray_tracin.rounding import RowFormat
-from ray_tracin.runs import Run, open_run_with, read_document
+from ray_tracin.runs import Run, is_run, open_run_with, read_document
 from ray_tracin.store import IncompleteRunError, RunStore
 from ray_tracin.tiling import READ_WORDS
 from ray_tracin.unet import HEAD, build_unet
@@ -35,6 +35,14 @@ PROCESS_BYTES = 900 << 20
 Measured on Linux with the CPU build of torch, as the peak of a worker less the rest of its plan."""
 CLOUD_BYTES = 128 << 20
 """What the client of a cloud storage takes besides: connections, and answers that come in together. Measured alike."""
+PAIR_BYTES = 6
+"""A pair of regions in the exported table. Measured, as what follows, on the demo: 5.3, 5 KiB, 0.9, 5 MB."""
+REGION_BYTES = 6 << 10
+"""A region in all other tables and what they are made of."""
+PIXEL_BYTES = 1
+"""A pixel of a modality as pictures and in the report."""
+PAGE_BYTES = 8 << 20
+"""The figures, and the report without its pictures."""
 GIB = 1 << 30
 
 
@@ -47,6 +55,8 @@ class Plan:
     """Train slices."""
     test: int
     """Slices of the test queries."""
+    cut: int
+    """All slices: with a test split, those of the validation split too."""
     classes: int
     layout: Layout
     forward_flops: int
@@ -63,8 +73,10 @@ class Plan:
 
     @property
     def shard_bytes(self) -> int:
-        """Gradient shards of one checkpoint on disk."""
-        return self.slices * self._rows.row_bytes
+        """Gradient shards of one checkpoint on disk, where each is whole."""
+        side = self.config.gradients.shard_slices
+        shards = sum(len(ranges(count, side)) for count in (self.train, self.slices - self.train))
+        return shards * side * stored_words(self._rows) * self._rows.item_bytes
 
     @property
     def dense_bytes(self) -> int:
@@ -72,21 +84,36 @@ class Plan:
         return self.slices * self.classes * self.layout.columns * 4
 
     @property
+    def queries(self) -> int:
+        """Query slices of all sets."""
+        return sum(self.train if name == "train" else self.test for name in self.config.influence.query_sets)
+
+    @property
+    def pairs(self) -> int:
+        """Values of the tensors."""
+        return self.classes * self.queries * self.classes * self.train
+
+    @property
     def tensor_bytes(self) -> int:
         """``influence.zarr`` and ``tiles.zarr``: the tensors, and twice their kernels."""
-        queries = sum(self.train if name == "train" else self.test for name in self.config.influence.query_sets)
-        pairs = self.classes * queries * self.classes * self.train
-        return 4 * pairs * (1 + 2 * len(self.config.influence_epochs()))
+        return 4 * self.pairs * (1 + 2 * len(self.config.influence_epochs()))
+
+    @property
+    def output_bytes(self) -> int:
+        """Tables, figures, pictures and the report."""
+        pixels = self.cut * self.config.data.size**2 * len(self.config.data.modalities)
+        tables = PAIR_BYTES * self.pairs + REGION_BYTES * self.classes * self.queries
+        return tables + PIXEL_BYTES * pixels + PAGE_BYTES
 
     @property
     def kept_bytes(self) -> int:
-        """On disk at the most while the run goes on: shards, tensors, slices, checkpoints."""
+        """On disk at the most while the run goes on: shards, tensors, slices, checkpoints, outputs."""
         checkpoints = len(self.config.influence_epochs()) if self.config.gradients.keep else 1
         size = self.config.data.size
-        slices = (self.train + self.test) * size * size * (4 * len(self.config.data.modalities) + self.classes + 2)
+        slices = self.cut * size * size * (4 * len(self.config.data.modalities) + self.classes + 2)
         weights = 4 * self.parameters * (self.config.training.epochs + 7)
         shards = 0 if self.fused else checkpoints * self.shard_bytes
-        return shards + self.tensor_bytes + slices + weights
+        return shards + self.tensor_bytes + slices + weights + self.output_bytes
 
     @property
     def gradient_flops(self) -> int:
@@ -323,10 +350,11 @@ def plan_run(
             there are.
         FileNotFoundError: no such run, configuration or data folder.
     """
-    if uri is not None and RunStore(uri).objects.size(paths.CONFIG) is not None:
-        return plan_of(open_run_with(uri, preset=preset, config=config, overrides=overrides))
     document = read_document(config)
-    if document is None and preset is None and not overrides:
+    given = document is not None or preset is not None or overrides
+    if uri is not None and (not given or is_run(uri)):
+        return plan_of(open_run_with(uri, preset=preset, config=config, overrides=overrides))
+    if not given:
         raise ValueError("give --run of a run that exists, --config FILE, or --preset demo|paper")
     return _plan_by_patients(build_config(preset, document, overrides), uri, patients)
 
@@ -334,7 +362,7 @@ def plan_run(
 def measure(plan: Plan, uri: str | None) -> Rates:
     """The rates of this machine and of the storage of a run, or of temporary files where there is no run yet."""
     with tempfile.TemporaryDirectory() as folder:
-        exists = uri is not None and RunStore(uri).objects.size(paths.CONFIG) is not None
+        exists = uri is not None and is_run(uri)
         return calibrate(plan.config, plan.classes, uri if uri is not None and exists else folder)
 
 
@@ -344,7 +372,7 @@ def plan_of(run: Run) -> Plan:
         test = len(run.query_slices("test"))
     except IncompleteRunError:
         return _plan_by_patients(run.config, run.uri, None)
-    return _plan(run.config, len(run.train_slices), test, len(run.classes), run.uri)
+    return _plan(run.config, (len(run.train_slices), test, len(run.slices)), len(run.classes), run.uri)
 
 
 def _plan_by_patients(config: RunConfig, uri: str | None, patients: int | None) -> Plan:
@@ -359,10 +387,12 @@ def _plan_by_patients(config: RunConfig, uri: str | None, patients: int | None) 
     validation, test = round(patients * config.split.validation), round(patients * config.split.test)
     train = patients - validation - test
     classes = len(config.data.labels or range(3))
-    return _plan(config, round(train * per_patient), round((test or validation) * per_patient), classes, uri)
+    train, test, cut = (round(count * per_patient) for count in (train, test or validation, patients))
+    return _plan(config, (train, test, cut), classes, uri)
 
 
-def _plan(config: RunConfig, train: int, test: int, classes: int, uri: str | None) -> Plan:
+def _plan(config: RunConfig, slices: tuple[int, int, int], classes: int, uri: str | None) -> Plan:
+    train, test, cut = slices
     size, channels = config.data.size, len(config.data.modalities)
     network = build_unet(config.model, channels, classes, config.seed).to("meta").eval()
     example = torch.zeros((channels, size, size), device="meta")
@@ -375,6 +405,7 @@ def _plan(config: RunConfig, train: int, test: int, classes: int, uri: str | Non
         config=config,
         train=train,
         test=test,
+        cut=cut,
         classes=classes,
         layout=layout,
         forward_flops=counter.get_total_flops(),

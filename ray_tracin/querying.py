@@ -52,7 +52,7 @@ from ray_tracin.regions import (
 )
 from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import FINAL, Run, pick_device
-from ray_tracin.vocabulary import checkpoint_name, ranges
+from ray_tracin.vocabulary import UsageError, checkpoint_name, ranges
 from ray_tracin.volumes import choose_slices, cut_slices, load_volume
 
 EXACT = 0
@@ -120,7 +120,8 @@ def explain_scan(
     selection.
 
     Raises:
-        ValueError: no such index, no gradient shards, no region, or a scan that can't be read.
+        UsageError: no such index, or no gradient shards.
+        ValueError: no region, or a scan that can't be read.
         FileNotFoundError: nothing is at ``source``.
     """
     size = pick_index(run, size)
@@ -140,7 +141,7 @@ def pick_index(run: Run, size: int | None) -> int:
     """The size of the index to use: the one asked for, else the largest that is finished; `EXACT` stays as it is.
 
     Raises:
-        ValueError: there is none, or not this one; or shards are asked for that the run doesn't hold.
+        UsageError: there is none, or not this one; or shards are asked for that the run doesn't hold.
     """
     if size == EXACT:
         _refuse_missing_shards(run)
@@ -148,7 +149,7 @@ def pick_index(run: Run, size: int | None) -> int:
     there = [found for found in indexed_sizes(run) if run.store.objects.size(agreement_path(found)) is not None]
     if not there or (size is not None and size not in there):
         wanted = "" if size is None else f" of size {size}"
-        raise ValueError(
+        raise UsageError(
             f"{run.uri} has no index{wanted}{f' (there are {there})' if there else ''}: "
             f"`ray-tracin sketches --run {run.uri} --size {size or 32}` makes one, or --exact reads gradient shards"
         )
@@ -159,7 +160,7 @@ def _refuse_missing_shards(run: Run) -> None:
     receipts = run.store.receipts(Differentiate.name)
     keys = [key for key in Differentiate(run, run.config.influence_epochs()).keys() if key.query_set == "train"]  # noqa: SIM118
     if any(str(key) not in receipts or receipts[str(key)].released for key in keys):
-        raise ValueError(
+        raise UsageError(
             f"{run.uri} doesn't hold the gradient shards of all its checkpoints, which an exact answer reads: make "
             f"them with `ray-tracin gradients --run {run.uri}` and gradients.keep=true, or make an index with "
             f"`ray-tracin sketches --run {run.uri}`"

@@ -26,7 +26,7 @@ from ray_tracin.objects import StoredFile
 from ray_tracin.presets import build_config, parse_config, parse_yaml
 from ray_tracin.store import Array, Receipt, RunStore, ZarrArray
 from ray_tracin.unet import build_unet
-from ray_tracin.vocabulary import QUERY_SETS, QuerySet, checkpoint_name
+from ray_tracin.vocabulary import QUERY_SETS, QuerySet, UsageError, checkpoint_name
 
 FINAL = "final"
 """The network after the last epoch."""
@@ -73,6 +73,20 @@ class Run:
     @property
     def _slice_attributes(self) -> Mapping[str, Any]:
         return self.store.array(paths.IMAGES).attrs.asdict()
+
+    def slices_of(self, patient: str) -> pd.DataFrame:
+        """The lines of `slices` of a patient, or of one examination.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        mine = self.slices[(self.slices["patient"] == patient) | (self.slices["case"] == patient)]
+        if mine.empty:
+            there = sorted(set(self.slices["patient"]))
+            raise UsageError(
+                f"no patient {patient!r} in this run; there are {len(there)}, such as {', '.join(there[:5])}"
+            )
+        return mine
 
     @cached_property
     def train_slices(self) -> tuple[int, ...]:
@@ -148,6 +162,10 @@ class Run:
         top = {"slices", "regions", "checkpoints", "skipped", "events"}
         return self.store.read_table(f"{name}.parquet" if name in top else f"tables/{name}.parquet")
 
+    def write_table(self, path: str, table: pd.DataFrame) -> None:
+        """Write a Parquet file that says in the metadata of its schema what was differentiated; recorded."""
+        self.store.write_table(path, table, about={"ray_tracin": json.dumps(self.config.differentiated())})
+
 
 def torch_bytes(values: Mapping[str, Any]) -> bytes:
     """A file of tensors and plain values; equal ones give the same bytes."""
@@ -168,6 +186,14 @@ def pick_device(run: Run) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def is_run(uri: str | Path) -> bool:
+    """Whether there is a run at the folder or URL; nothing is written, no folder made."""
+    store = RunStore(uri)
+    # The first look into a folder makes it.
+    missing = store.objects.is_local and not Path(store.uri).exists()
+    return not missing and store.objects.size(paths.CONFIG) is not None
+
+
 def open_run(uri: str | Path) -> Run:
     """The run at a folder or URL, for reading.
 
@@ -176,8 +202,7 @@ def open_run(uri: str | Path) -> Run:
         ValueError: the run was written in another format, or its configuration was edited by hand.
     """
     store = RunStore(uri)
-    missing = store.objects.is_local and not Path(store.uri).is_dir()
-    if missing or store.objects.size(paths.CONFIG) is None:
+    if not is_run(uri):
         raise FileNotFoundError(
             f"no run at {store.uri}: expected a folder with {paths.CONFIG}. "
             "Start one with `ray-tracin run --run URI --config FILE`"
@@ -208,7 +233,7 @@ def start_run(
     """
     document = read_document(config)
     store = RunStore(uri)
-    if store.objects.size(paths.CONFIG) is None:
+    if not is_run(uri):
         if preset is None and document is None and not overrides:
             raise ValueError(f"there is no run at {store.uri} yet: give --config FILE or --preset demo|paper")
         return _begin(store, build_config(preset, document, overrides))

@@ -292,9 +292,21 @@ class RunStore:
 
     # Tables and other files
 
-    def write_table(self, path: str, table: pd.DataFrame | pa.Table, *, recorded: bool = True) -> None:
-        """Write a Parquet file (zstd); recorded for the receipt unless it is to be written again before it is done."""
+    def write_table(
+        self,
+        path: str,
+        table: pd.DataFrame | pa.Table,
+        *,
+        about: Mapping[str, str] | None = None,
+        recorded: bool = True,
+    ) -> None:
+        """Write a Parquet file (zstd); recorded for the receipt unless it is to be written again before it is done.
+
+        What it is ``about`` becomes metadata of its schema.
+        """
         arrow = pa.Table.from_pandas(table, preserve_index=False) if isinstance(table, pd.DataFrame) else table
+        if about:
+            arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), **about})
         sink = BytesIO()
         pq.write_table(arrow, sink, compression="zstd")
         written = self.objects.put(path, sink.getvalue())

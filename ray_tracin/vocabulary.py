@@ -36,6 +36,10 @@ Split = Literal["train", "validation", "test"]
 QUERY_SETS: tuple[QuerySet, ...] = get_args(QuerySet)
 
 
+class UsageError(ValueError):
+    """What was asked for by name is not there, or can't be had that way; on the command line, exit code 2."""
+
+
 def checkpoint_name(epoch: int) -> str:
     """The name of an epoch's checkpoint in every path and table, such as ``epoch_06``."""
     return f"epoch_{epoch:02d}"

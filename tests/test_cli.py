@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 from ray_tracin.charts import COLOURS
 from ray_tracin.cli import app
 from ray_tracin.pipeline import STEPS
-from ray_tracin.planning import plan_of
+from ray_tracin.planning import PAGE_BYTES, plan_of
 from ray_tracin.runs import Run, open_run
 from ray_tracin.store import RunStore
 
@@ -81,6 +81,26 @@ def test_commands_that_read_a_run_need_one(tmp_path: Path) -> None:
         assert "no run at" in done.stderr
 
 
+def test_a_mistyped_run_leaves_no_folder(tmp_path: Path) -> None:
+    for command in (["prepare"], ["plan"], ["sketches", "--set", "seed=1"]):
+        done = invoke(*command, "--run", str(tmp_path / "none"))
+        assert (done.exit_code, "no run at" in done.stderr) == (2, True)
+    file = tmp_path / "file"
+    file.touch()
+    done = invoke("prepare", "--run", str(file))
+    assert (done.exit_code, f"expected a folder at {file}, found a file" in done.stderr) == (2, True)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_patients_that_are_not_there_are_missed_before_anything_starts(tmp_path: Path) -> None:
+    """In this process, no cluster is there yet; the run begins, and another `data.root` may be given to it."""
+    root = tmp_path / "missing"
+    for set_root, message in (([], "data.root is not set"), ([f"data.root={root}"], f"{root} does not exist")):
+        done = invoke("run", "--run", str(tmp_path / "run"), "--preset", "demo", *settings(*set_root))
+        assert (done.exit_code, message in done.stderr) == (2, True)
+        assert not done.stdout
+
+
 # Bad data: one message, nothing lost.
 
 
@@ -93,23 +113,20 @@ class TestBadData:
     @pytest.mark.parametrize(
         ("what", "message"),
         [
-            ("nothing", r"no such|does not exist|not found|expected"),
             ("empty folder", r"empty|no case|no patient"),
             ("no segmentations", r"segmentation"),
         ],
     )
     def test_a_root_without_usable_patients(self, own_patients: Path, tmp_path: Path, what: str, message: str) -> None:
         root = own_patients
-        if what == "nothing":
-            root = tmp_path / "missing"
-        elif what == "empty folder":
+        if what == "empty folder":
             root = tmp_path / "empty"
             root.mkdir()
         else:
             for path in root.glob("HGG/*/*_seg.nii.gz"):
                 path.unlink()
         done = prepare(root, tmp_path / "run")
-        assert done.exit_code in (1, 2)
+        assert done.exit_code == 1
         assert re.search(message, done.stderr)
         assert "Traceback" not in done.stderr
         assert str(root) in done.stderr
@@ -218,13 +235,14 @@ def test_explain_says_what_there_is_to_explain(tiny_run: Run) -> None:
     row = tiny_run.slices.iloc[0]
     ask = ["explain", "--run", tiny_run.uri, "--index", str(row["index"])]
     done = invoke(*ask, "--patient", row.patient, "--class", "WT")
-    assert (done.exit_code, "no class 'WT'; classes of this run: NCR/NET, ED, ET" in done.stderr) == (1, True)
+    assert (done.exit_code, "no class 'WT'; classes of this run: NCR/NET, ED, ET" in done.stderr) == (2, True)
     done = invoke(*ask, "--patient", "nobody", "--class", "ED")
-    assert "no patient 'nobody' in this run; there are 6" in done.stderr
+    assert (done.exit_code, "no patient 'nobody' in this run; there are 6" in done.stderr) == (2, True)
     done = invoke(*ask[:-1], "999", "--patient", row.patient, "--class", "ED")
-    assert "has 0 slices at index 999; slices are at" in done.stderr
+    assert (done.exit_code, "has 0 slices at index 999; slices are at" in done.stderr) == (2, True)
     done = invoke(*ask, "--patient", row.patient, "--class", "ET")
-    assert "predicts no ET with more than 50% confidence on this slice" in done.stderr
+    message = "predicts no ET with more than 50% confidence on this slice"
+    assert (done.exit_code, message in done.stderr) == (1, True)
 
 
 def test_plan_of_the_paper_says_what_it_takes() -> None:
@@ -248,10 +266,9 @@ def test_the_plan_covers_what_the_run_measured(tiny_run: Run) -> None:
     assert (plan.train, plan.test, plan.classes) == (20, 4, 3)
     root = Path(tiny_run.uri)
     shards = sum(path.stat().st_size for path in root.glob("gradients.zarr/epoch_07/*/c/**/*") if path.is_file())
-    assert plan.shard_bytes <= shards <= 1.3 * plan.shard_bytes
+    assert plan.shard_bytes <= shards <= 1.01 * plan.shard_bytes
     whole = sum(path.stat().st_size for path in root.glob("**/*") if path.is_file())
-    receipts = sum(path.stat().st_size for path in root.glob("receipts/**/*") if path.is_file())
-    assert plan.kept_bytes <= 2 * (whole - receipts)
+    assert whole <= plan.kept_bytes <= 1.3 * whole + PAGE_BYTES
     assert plan.tiles == len(tiny_run.store.receipts("tiles")) / 2
 
 
@@ -281,9 +298,13 @@ def test_an_explanation_is_drawn(tiny_run: Run, tmp_path: Path) -> None:
     # The region is painted over a slice: grey is mixed with its colour, so channels differ as they do in the colour.
     tinted = np.abs((pixels[..., 0] - pixels[..., 2]) - 0.45 * (colour[0] - colour[2])) < 0.02
     assert tinted.sum() > 10
-    missing = invoke(*ask, "--class", tiny_run.classes[int(there["class"]) - 1], "--out", str(tmp_path / "no/x.png"))
-    assert missing.exit_code == 1
-    assert "no/x.png" in missing.stderr
+    deeper = invoke(*ask, "--class", tiny_run.classes[int(there["class"]) - 1], "--out", str(tmp_path / "new/x.png"))
+    assert deeper.exit_code == 0, deeper.stderr
+    assert matplotlib.image.imread(tmp_path / "new/x.png").shape == pixels.shape
+    for path in (tmp_path / "x.jpg", tmp_path / "new"):
+        other = invoke(*ask, "--class", "ED", "--out", str(path))
+        assert (other.exit_code, f"--out writes a .png file, got {path}" in other.stderr) == (2, True)
+        assert "slice" not in other.stdout
 
 
 # Killed and started again.
@@ -360,6 +381,7 @@ def test_an_address_at_which_nobody_listens_is_refused_at_once(tmp_path: Path) -
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
         command = ["prepare", "--run", str(tmp_path / "run"), "--preset", "demo", "--address", address]
+        command += ["--set", f"data.root={tmp_path}"]
         # A process of its own: this one may be connected to a cluster already.
         done = subprocess.run(
             [sys.executable, "-m", "ray_tracin.cli", *command], capture_output=True, text=True, timeout=60, check=False

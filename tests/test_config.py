@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_tracin.config import RunConfig
+from ray_tracin.config import RunConfig, Section
 from ray_tracin.presets import PRESETS, build_config, parse_yaml
 
 
@@ -88,3 +88,14 @@ def test_explicit_checkpoints_are_sorted_and_checked() -> None:
 
 def test_defaults_are_valid() -> None:
     assert RunConfig().influence_epochs() == (6, 7, 8, 9, 10)
+
+
+def test_every_setting_says_what_it_is() -> None:
+    sections = [RunConfig]
+    for section in sections:
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                sections.append(field.annotation)
+            else:
+                assert field.description, f"{section.__name__}.{name}"
+    assert len(sections) > 10

@@ -182,5 +182,5 @@ def test_the_command_writes_all_patients_or_one(tiny_run: Run, tmp_path: Path) -
     cases = set(tiny_run.slices["case"])
     assert len(list((tmp_path / "all").glob("*.nii.gz"))) == 2 * len(cases)
     unknown = CliRunner().invoke(app, ["nifti", "--run", tiny_run.uri, "--out", str(tmp_path), "--patient", "nobody"])
-    assert unknown.exit_code == 1
+    assert unknown.exit_code == 2
     assert "no patient 'nobody' in this run; there are 6" in unknown.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TINY
@@ -232,6 +233,15 @@ def test_files_keep_the_contract(tiny_run: Run) -> None:
     assert about["learning_rates"] == [0.01, 0.01]
     assert about["train_slices"] == list(run.train_slices)
     assert run.influence("test").attrs["query_slices"] == list(run.query_slices("test"))
+    assert {name: about[name] for name in ("region_source", "score", "parameters")} == {
+        "region_source": "final",
+        "score": "region",
+        "parameters": "all",
+    }
+    tables = ["regions", "tables/proponents", "tables/opponents", "tables/self_influence", "tables/feature_importance"]
+    parts = Path(run.uri).glob("tables/influence/**/*.parquet")
+    for path in (*(Path(run.uri) / f"{name}.parquet" for name in tables), *parts):
+        assert json.loads(pq.read_schema(path).metadata[b"ray_tracin"]).items() <= about.items(), path
     columns = {
         "slices.parquet": "slice patient grade split index pixels_1 pixels_2 pixels_3 source",
         "checkpoints.parquet": "epoch optimizer learning_rate file influence dice_train_1 dice_validation_3 loss",
