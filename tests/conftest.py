@@ -55,7 +55,12 @@ def tiny_run(patients: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests are dealt to processes: those that share the Ray cluster go to one, others stay with their file."""
-    for item in items:
-        group = "cluster" if item.get_closest_marker("ray") else item.path.stem
+    """Where tests are dealt to processes: those that share the Ray cluster go to one, others stay with their file.
+
+    Groups with slow tests come first, so that none of them is the last to start.
+    """
+    groups = {item: "cluster" if item.get_closest_marker("ray") else item.path.stem for item in items}
+    slow = {group for item, group in groups.items() if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: groups[item] not in slow)
+    for item, group in groups.items():
         item.add_marker(pytest.mark.xdist_group(group))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -278,11 +279,15 @@ def test_plan_needs_to_know_how_many_patients() -> None:
 
 
 @pytest.mark.parametrize("name", [*STEPS, "pipeline"])
-def test_jobs_are_the_commands(tiny_run: Run, name: str) -> None:
-    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), "--run", tiny_run.uri, "--set", "seed=4"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "seed: 0 → 4" in done.stderr
+def test_jobs_are_the_commands(
+    tiny_run: Run, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(ROOT / "jobs" / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [path, "--run", tiny_run.uri, "--set", "seed=4"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(path, run_name="__main__")
+    assert end.value.code == 2
+    assert "seed: 0 → 4" in capsys.readouterr().err
 
 
 def test_an_explanation_is_drawn(tiny_run: Run, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_norms_of_test_queries_are_those_of_their_gradients(tiny_run: Run) -> No
     torch.testing.assert_close(got[there].double(), torch.as_tensor(expected)[there], rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [[], ["gradients.dtype=float16"], ["influence.tile_slices=6"]])
 def test_rows_that_are_made_give_the_bits_of_rows_that_are_stored(
     patients: Path, tmp_path: Path, overrides: list[str]
@@ -351,6 +352,7 @@ def test_verify_finds_damage_and_strays_and_the_next_run_mends_it(tiny_run: Run)
     assert verify(open_run(tiny_run.uri)) == {}
 
 
+@pytest.mark.slow
 def test_shards_that_are_not_kept_are_freed_and_not_missed(tiny_run: Run, patients: Path, tmp_path: Path) -> None:
     overrides = [*TINY, f"data.root={patients}", "gradients.keep=false", "gradients.source=stored"]
     run = start_run(tmp_path / "run", preset="demo", overrides=overrides)
@@ -402,6 +404,7 @@ def _first_region(run: Run, regions: pd.DataFrame) -> tuple[int, str]:
     return int(run.slices.set_index("slice").loc[first.slice, "index"]), run.classes[int(first["class"]) - 1]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_bits_do_not_depend_on_workers_or_ray(
