@@ -83,10 +83,23 @@ def findings(run: Run) -> list[str]:
         top = f"top {run.config.explainers.class_list} proponents by {run.config.explainers.score} influence"
         known = f"of this class are {' and '.join(shares)} queries' {top}"
         lines.append(f"{name}: {known if shares else 'no query of this class has proponents'}")
+    lines += _crowded(run)
     if "test" in run.query_sets:
         groups = [(name, _impacts(run, class_id)) for class_id, name in enumerate(run.classes, start=1)]
         lines += [f"{name}: impact of predictive features less the others': {compared(*pair)}" for name, pair in groups]
     return lines
+
+
+def _crowded(run: Run) -> list[str]:
+    """A line if there are so few train regions that a list holds more than the share that makes global explainers."""
+    length, limit = run.config.explainers.list_length, run.config.explainers.max_share
+    regions = len(run.table("global_explainers")[["train_slice", "train_class"]].drop_duplicates())
+    if not regions or length / regions <= limit:
+        return []
+    return [
+        f"a list of {length} holds {min(1, length / regions):.0%} of the {regions} train regions: chance alone makes "
+        f"global explainers (more than {limit:.0%}), which rankings leave out; lower explainers.list_length"
+    ]
 
 
 def _impacts(run: Run, class_id: int) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:

@@ -58,12 +58,29 @@ def test_bars_are_the_shares_of_the_table(tiny_run: Run) -> None:
         np.testing.assert_allclose(heights, mine.share.to_numpy())
 
 
+def with_lists_of(run: Run, length: int) -> Run:
+    settings = run.config.explainers.model_copy(update={"list_length": length})
+    return Run(run.store, run.config.model_copy(update={"explainers": settings}))
+
+
 def test_findings_answer_both_questions_for_every_class(tiny_run: Run) -> None:
-    lines = findings(tiny_run)
+    lines = findings(with_lists_of(tiny_run, 3))
     assert len(lines) == 2 * len(tiny_run.classes)
     table = tiny_run.table("proponent_classes")
     own = table[(table.query_class == 2) & (table.train_class == 2)].set_index("query_set").share
     assert f"{own['train']:.0%} of train and {own['test']:.0%} of test queries' top 10" in lines[1]
+
+
+def test_findings_say_where_chance_alone_makes_global_explainers(tiny_run: Run) -> None:
+    there = tiny_run.table("regions").query("pixels > 0")
+    regions = there["slice"].isin(tiny_run.train_slices).sum()
+    few = int(0.3 * regions)
+    classes = len(tiny_run.classes)
+    assert findings(with_lists_of(tiny_run, few)) == findings(with_lists_of(tiny_run, 1))
+    crowded = findings(with_lists_of(tiny_run, few + 1))[classes]
+    assert crowded.startswith(f"a list of {few + 1} holds ")
+    assert f"of the {regions} train regions: chance alone makes global explainers (more than 30%)" in crowded
+    assert "a list of 20 holds" in findings(tiny_run)[classes]
 
 
 def test_numbers_in_pictures() -> None:
