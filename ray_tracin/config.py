@@ -276,7 +276,8 @@ class ResourcesConfig(Section):
     lease_seconds: Positive = speed_only(600.0)
     """A key that takes longer than this (or 20 times the median) is given to another worker."""
     check: Literal["bytes", "sizes"] = speed_only("bytes")
-    """How finished keys are checked before a run goes on: every byte, or file sizes alone."""
+    """How finished keys are checked before a run goes on: every byte of files that changed since they were last read
+    (as the storage tells), or file sizes alone."""
 
 
 class RunConfig(Section):

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ray_tracin.runs import Run
+from ray_tracin.soundness import file_problems
 from ray_tracin.stages import ATTEMPTS
 from ray_tracin.store import EVENTS, IncompleteRunError, Receipt
 
@@ -58,7 +59,7 @@ def publish_events(run: Run, stages: Iterable[str]) -> None:
     """Bring ``events.parquet`` up to date; nothing is written where nothing happened."""
     store = run.store
     receipt = store.read_receipt(EVENTS_KEY, EVENTS_KEY)
-    sound = receipt is not None and not store.problems([receipt], check_bytes=True)
+    sound = receipt is not None and not file_problems(store, [receipt], check_bytes=True)
     attempts = _open_attempts(run)
     table = collect_events(run, stages)
     if table.empty or (sound and not attempts and table.equals(_published(run))):

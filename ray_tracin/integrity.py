@@ -20,6 +20,7 @@ from ray_tracin.costs import EVENTS_KEY
 from ray_tracin.folders import LISTING
 from ray_tracin.pipeline import all_stages
 from ray_tracin.runs import RECORD, Run, open_run, restore_configuration
+from ray_tracin.soundness import CHECKED, file_problems
 from ray_tracin.stages import ATTEMPTS, LAYOUT, Stage
 from ray_tracin.store import Array, Receipt, RunStore
 from ray_tracin.vocabulary import Stripe
@@ -52,7 +53,7 @@ def verify(run: Run) -> dict[str, list[str]]:
     regions exist, or a number where one doesn't.
     """
     evidence = _read_evidence(run)
-    problems = run.store.problems(evidence.receipts, check_bytes=True)
+    problems = file_problems(run.store, evidence.receipts, check_bytes=True)
     for path, key in evidence.unreadable.items():
         problems.setdefault(key, []).append(f"{path}: no readable receipt")
     damaged = {problem.split(":")[0] for found in problems.values() for problem in found}
@@ -128,7 +129,7 @@ def _foreign(run: Run, evidence: _Evidence) -> list[str]:
     for path in evidence.unreadable:  # What a damaged receipt still names is its key's, not a stranger's.
         known |= {name.decode(errors="replace") for name in _PATHS.findall(run.store.objects.get(path))}
     outputs = {path.split("/")[0] for path in known}
-    kept = (*_patients_inside(run, outputs), f"{ATTEMPTS}/")
+    kept = (*_patients_inside(run, outputs), f"{ATTEMPTS}/", f"{CHECKED}/")
     return [
         f"{path}: belongs to no finished key"
         for path in run.store.objects.everything()

@@ -11,6 +11,7 @@ import torch
 from ray_tracin import store as paths
 from ray_tracin.objects import checksum
 from ray_tracin.runs import FINAL, Run, pick_device, torch_bytes
+from ray_tracin.soundness import file_problems
 from ray_tracin.stages import Result, Stage
 from ray_tracin.store import Receipt
 from ray_tracin.training import Trainer
@@ -117,7 +118,7 @@ def _rewind(run: Run, trainer: Trainer, key: EpochKey) -> None:
 
 def _states(run: Run) -> dict[int, str]:
     receipts = run.store.receipts(Train.name)
-    damaged = run.store.problems(receipts.values(), check_bytes=True)
+    damaged = file_problems(run.store, receipts.values(), check_bytes=True)
     sound = [receipt for name, receipt in receipts.items() if f"{Train.name}/{name}" not in damaged]
     held = {int(receipt.key.removeprefix("epoch_")): receipt for receipt in sound}
     return {epoch: path for epoch, receipt in held.items() if (path := _state_of(receipt))}

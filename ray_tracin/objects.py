@@ -12,11 +12,11 @@ import os
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +37,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 PARALLEL_READS = 8
+PIECE_BYTES = 16 << 20
+"""Of a file whose checksum is computed: shards are large, and several are read at a time."""
+SETTLED = timedelta(minutes=1)
+"""A file that was written longer ago has a mark that another write would change: clocks of file systems take steps."""
 PATIENCE = "RAY_TRACIN_STORAGE_PATIENCE"
 """Environment variable: seconds for which a request to cloud storage is tried again (default 180)."""
 RETRIES = 1000
@@ -80,6 +84,22 @@ class StoredFile:
     def from_json(cls, values: Mapping[str, Any]) -> "StoredFile":
         """The record that `to_json` wrote."""
         return cls(values["path"], int(values["bytes"]), int(values["crc32c"], 16))
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file as the storage lists it."""
+
+    size: int
+    """Bytes."""
+    mark: str
+    """Another one after every write; empty for a file so new that a second write might not show."""
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "FileState":
+        """From an entry of a listing."""
+        settled = datetime.now(UTC) - entry["last_modified"] > SETTLED
+        return cls(entry["size"], (entry["e_tag"] or "") if settled else "")
 
 
 def checksum(data: bytes) -> int:
@@ -193,23 +213,52 @@ class Objects:
         with explained("read", path, self.uri):
             return bytes(obstore.get(self.connection, path).bytes())
 
+    def checksum(self, path: str) -> int:
+        """CRC-32C of the file's bytes, which are read a piece at a time."""
+        found = 0
+        with explained("read", path, self.uri):
+            for piece in self._pieces(path):
+                found = google_crc32c.extend(found, piece)
+        return int(found)
+
+    def _pieces(self, path: str) -> Iterator[bytes]:
+        if self.is_local:
+            with Path(self.uri, path).open("rb") as file:
+                yield from iter(lambda: file.read(PIECE_BYTES), b"")
+        else:
+            size = obstore.head(self.connection, path)["size"]
+            for start in range(0, size, PIECE_BYTES):
+                stop = min(start + PIECE_BYTES, size)
+                yield bytes(obstore.get_range(self.connection, path, start=start, end=stop))
+
     def size(self, path: str) -> int | None:
         """The size of the file in bytes, or None where there is none."""
+        state = self.state(path)
+        return None if state is None else state.size
+
+    def state(self, path: str) -> FileState | None:
+        """The state of the file, or None where there is none."""
         with explained("read", path, self.uri):
             try:
-                return int(obstore.head(self.connection, path)["size"])
+                return FileState.of(obstore.head(self.connection, path))
             except (FileNotFoundError, NotFoundError):
                 return None
 
+    def states(self, prefix: str = "") -> dict[str, FileState]:
+        """The state of every file below the prefix (a folder); one listing."""
+        return {entry["path"]: FileState.of(entry) for entry in self._listed(prefix)}
+
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Every file below the prefix (a folder) and its size in bytes; one listing."""
-        return {path: size for path, size, _ in self.entries(prefix)}
+        return {entry["path"]: entry["size"] for entry in self._listed(prefix)}
 
     def entries(self, prefix: str = "") -> list[tuple[str, int, datetime]]:
         """Path, size and time of the last change (by the storage's clock) of every file below the prefix."""
+        return [(entry["path"], entry["size"], entry["last_modified"]) for entry in self._listed(prefix)]
+
+    def _listed(self, prefix: str) -> Sequence[Any]:
         with explained("list", prefix, self.uri):
-            found = patiently(lambda: obstore.list(self.connection, prefix or None).collect())
-            return [(entry["path"], entry["size"], entry["last_modified"]) for entry in found]
+            return patiently(lambda: obstore.list(self.connection, prefix or None).collect())
 
     def everything(self) -> list[str]:
         """Every file below the URI, sorted; in a folder also those that listings pass over (an interrupted write's)."""
@@ -229,17 +278,6 @@ class Objects:
                         patiently(partial(obstore.delete, self.connection, path))
                 except (FileNotFoundError, NotFoundError):
                     continue
-
-    def problem(self, file: StoredFile, sizes: Mapping[str, int], *, check_bytes: bool) -> str | None:
-        """What is wrong with a stored file, or None: missing, another size, or (if asked) another checksum."""
-        size = sizes.get(file.path)
-        if size is None:
-            return f"{file.path}: missing (expected {file.size} bytes)"
-        if size != file.size:
-            return f"{file.path}: {size} bytes, expected {file.size}"
-        if check_bytes and checksum(self.get(file.path)) != file.crc32c:
-            return f"{file.path}: bytes differ from what was written (CRC-32C)"
-        return None
 
     def parallel(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """The function of every item, in order, over a few threads: storage waits more than it computes."""

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, runtime_c
 import torch
 
 from ray_tracin.runs import Run
+from ray_tracin.soundness import file_problems, new_file_problems
 from ray_tracin.store import Receipt, now
 
 Key = TypeVar("Key")
@@ -165,7 +166,10 @@ def sound_receipts(run: Run, name: str) -> dict[str, Receipt]:
     """The receipts of a stage by its name, as `done_receipts`."""
     found = run.store.receipts(name)
     held = {key: receipt for key, receipt in found.items() if receipt.fingerprint == run.fingerprint}
-    damaged = run.store.problems(held.values(), check_bytes=run.config.resources.check == "bytes")
+    if run.config.resources.check == "bytes":
+        damaged = new_file_problems(run.store, name, held.values())
+    else:
+        damaged = file_problems(run.store, held.values(), check_bytes=False)
     return {key: receipt for key, receipt in held.items() if f"{name}/{key}" not in damaged}
 
 

@@ -30,7 +30,15 @@ from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import ObjectStore, WrapperStore
 
-from ray_tracin.objects import Objects, StorageError, StoredFile, checksum, explained, patiently_async, reason_of
+from ray_tracin.objects import (
+    Objects,
+    StorageError,
+    StoredFile,
+    checksum,
+    explained,
+    patiently_async,
+    reason_of,
+)
 
 CONFIG = "config.yaml"
 VERSIONS = "versions.json"
@@ -162,25 +170,6 @@ class RunStore:
         for receipt in receipts:
             self.write_receipt(replace(receipt, files=(), released=True))
             self.objects.delete(file.path for file in receipt.files)
-
-    def problems(self, receipts: Iterable[Receipt], *, check_bytes: bool) -> dict[str, list[str]]:
-        """What is wrong with the files of each receipt, by ``stage/key``; keys without a problem are not listed."""
-        held = list(receipts)
-        sizes = self._sizes({file.path.split("/", 1)[0] for receipt in held for file in receipt.files})
-
-        def check(receipt: Receipt) -> list[str]:
-            found = (self.objects.problem(file, sizes, check_bytes=check_bytes) for file in receipt.files)
-            return [problem for problem in found if problem]
-
-        checked = self.objects.parallel(check, held)
-        return {f"{receipt.stage}/{receipt.key}": found for receipt, found in zip(held, checked, strict=True) if found}
-
-    def _sizes(self, tops: Iterable[str]) -> dict[str, int]:
-        sizes: dict[str, int] = {}
-        for top in tops:
-            size = self.objects.size(top)
-            sizes.update(self.objects.sizes(top) if size is None else {top: size})
-        return sizes
 
     # Arrays
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from ray_tracin.runs import open_run, restore_configuration, start_run
+from ray_tracin.soundness import file_problems
 from ray_tracin.store import Receipt
 
 
@@ -78,7 +79,7 @@ def test_a_run_of_format_1_as_the_first_release_wrote_it_still_opens(tmp_path: P
         "layout/influence",
         "slices/slices",
     ]
-    assert run.store.problems(receipts, check_bytes=True) == {}
+    assert file_problems(run.store, receipts, check_bytes=True) == {}
     assert {receipt.fingerprint for receipt in receipts} == {run.fingerprint}
 
 

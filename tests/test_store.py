@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from ray_tracin.objects import Objects, StorageError, StoredFile, absolute_uri, checksum
+from ray_tracin.soundness import file_problems
 from ray_tracin.store import IncompleteRunError, Receipt, RunStore
 
 
@@ -131,7 +132,7 @@ def test_every_damage_to_every_file_is_found_and_nothing_else(store: RunStore, d
     first = _receipt(store, "first")
     store.write("g.zarr/epoch_06/train", (slice(4, 8), slice(0, 70)), np.ones((4, 70), np.float32))
     second = _receipt(store, "second")
-    assert store.problems([first, second], check_bytes=True) == {}
+    assert file_problems(store, [first, second], check_bytes=True) == {}
     for file in first.files:
         path = Path(store.uri) / file.path
         whole = path.read_bytes()
@@ -139,12 +140,12 @@ def test_every_damage_to_every_file_is_found_and_nothing_else(store: RunStore, d
             path.unlink()
         else:
             path.write_bytes(DAMAGES[damage](whole))
-        found = store.problems([first, second], check_bytes=True)
+        found = file_problems(store, [first, second], check_bytes=True)
         assert list(found) == ["stage/first"], file
         assert len(found["stage/first"]) == 1
         assert found["stage/first"][0].startswith(file.path)
         path.write_bytes(whole)
-    assert store.problems([first, second], check_bytes=True) == {}
+    assert file_problems(store, [first, second], check_bytes=True) == {}
 
 
 def test_reading_a_damaged_chunk_is_an_error_that_says_what_to_do(store: RunStore) -> None:
