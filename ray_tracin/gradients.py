@@ -167,13 +167,16 @@ class RegionDifferentiator:
             NonFiniteGradientError: a gradient is infinite or not a number.
             ValueError: the slices aren't as large as the example, a label is no class, or the masks don't fit.
         """
+        return self._differentiated(SHARES, images, labels, masks)
+
+    def _differentiated(self, shares: int, *batch: Tensor) -> RegionGradients:
         with recorded():
-            values = self._like.new_empty((len(images), self.layout.values))
+            values = self._like.new_empty((len(batch[0]), self.layout.values))
 
         def receive(start: int, rows: Tensor) -> None:
             values[start : start + len(rows)] = rows
 
-        return RegionGradients(values, self.stream(images, labels, masks, receive))
+        return RegionGradients(values, self._streamed(shares, receive, *batch))
 
     def stream(
         self,
@@ -186,6 +189,11 @@ class RegionDifferentiator:
 
         Returns the scores.
         """
+        return self._streamed(SHARES, receive, images, labels, masks)
+
+    def _streamed(
+        self, shares: int, receive: Receive, images: Tensor, labels: Tensor, masks: Tensor
+    ) -> Float[Tensor, "slice class"]:
         if images.shape[1:] != self._image_shape or not len(images):
             raise ValueError(
                 f"expected slices of shape {self._image_shape} (modality, *space) like the example that the "
@@ -194,22 +202,22 @@ class RegionDifferentiator:
             )
         with recorded(self._precision):
             return self._in_shares(
-                receive, images.to(self._like), labels.to(self._like.device), masks.to(self._like.device)
+                shares, receive, images.to(self._like), labels.to(self._like.device), masks.to(self._like.device)
             )
 
-    def _in_shares(self, receive: Receive, *batch: Tensor) -> Float[Tensor, "slice class"]:
+    def _in_shares(self, shares: int, receive: Receive, *batch: Tensor) -> Float[Tensor, "slice class"]:
         """The scores of images, labels and masks, whose rows are received."""
         count = len(batch[0])
         # A replay changes parameters, which shares have in common.
         alone = self._like.device.type != "cpu" or any(segment.kind == "other" for segment in self.layout.segments)
-        size = count if alone else -(-count // min(count, torch.get_num_threads(), SHARES))
+        size = count if alone else -(-count // min(count, torch.get_num_threads(), shares))
         bounds = list(ranges(count, size))
         twins = [twin(self._model) for _ in bounds[1:]]
-        shares = [[tensor[start:stop] for tensor in batch] for start, stop in bounds]
+        parts = [[tensor[start:stop] for tensor in batch] for start, stop in bounds]
         share = partial(self._share, receive)
         with shared_threads(len(bounds)) as each:
             firsts = [start for start, _ in bounds]
-            return torch.cat(each(share, [self._model, *twins], firsts, *zip(*shares, strict=True)))
+            return torch.cat(each(share, [self._model, *twins], firsts, *zip(*parts, strict=True)))
 
     def _share(self, receive: Receive, model: nn.Module, first: int, *batch: Tensor) -> Float[Tensor, "slice class"]:
         """The scores of a part of the batch that begins with some slice of it."""
@@ -262,8 +270,9 @@ class RegionDifferentiator:
     ) -> None:
         """Nothing, if the gradients of these slices are autograd's on each slice alone, parameter by parameter.
 
-        Whole slices stand in for regions that don't exist, and a made-up slice rides along, so that an operation that
-        mixes the slices of a batch shows. One slice proves the coverage; it costs a few passes of the network.
+        Whole slices stand in for regions that don't exist, and a made-up slice rides along, in the same share of the
+        batch, so that an operation that mixes the slices of a batch shows. One slice proves the coverage; it costs a
+        few passes of the network.
 
         Raises:
             ValueError: a parameter's gradients differ; the message names all of them and says what to do.
@@ -272,7 +281,7 @@ class RegionDifferentiator:
         masks = masks | empty
         stranger = (1 - images[:1].flip(-1)) / 2
         batch = zip((images, labels, masks), (stranger, labels[:1], masks[:1]), strict=True)
-        rows = self.differentiate(*(torch.cat(pair) for pair in batch)).values
+        rows = self._differentiated(1, *(torch.cat(pair) for pair in batch)).values
         worst = dict.fromkeys(self._parameters, 0.0)
         for position in range(len(images)):
             one = slice(position, position + 1)

@@ -50,8 +50,8 @@ class LocalBackward(TorchFunctionMode):
 
 def _normalised(
     values: Tensor,
-    mean: Tensor,
-    variance: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
@@ -59,7 +59,8 @@ def _normalised(
     eps: float = 1e-5,
 ) -> Tensor:
     """A batch normalisation; in eval mode as the scale and shift that it is, whose way back is one product."""
-    if training or any(part is not None and part.requires_grad for part in (weight, bias)):
+    learning = any(part is not None and part.requires_grad for part in (weight, bias))
+    if training or learning or mean is None or variance is None:
         return F.batch_norm(values, mean, variance, weight, bias, training, momentum, eps)
     scale = (variance + eps).rsqrt() * (1 if weight is None else weight)
     shift = (0 if bias is None else bias) - mean * scale

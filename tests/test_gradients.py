@@ -309,9 +309,18 @@ class Mixing(nn.Module):
         return self.head(y - y.mean(0, keepdim=True) / 2)
 
 
-def test_a_network_that_mixes_slices_is_found_by_the_check():
+class BatchStatistics(Mixing):
+    """What a batch normalisation without running statistics does in eval mode too."""
+
+    def forward(self, x):
+        return self.head(F.relu(F.batch_norm(self.layer(x), None, None, training=True)))
+
+
+@pytest.mark.parametrize("build", [Mixing, BatchStatistics])
+def test_a_network_that_mixes_slices_is_found_by_the_check(build, threads):
+    """On several threads too, where shares of a batch go through the network apart."""
     images, labels, masks = networks.batch()
-    engine = differentiator(networks.seeded(Mixing), images)
+    engine = differentiator(networks.seeded(build), images)
     with pytest.raises(ValueError, match=r"differ from autograd's: layer\.weight .* or their slices are mixed"):
         engine.check(images[:1], labels[:1], masks[:1])
 
