@@ -121,7 +121,7 @@ class TabulateImpact(Stage[str]):
             sums = np.sum([result["features"] for result in results], axis=0)
             run.store.write_table(paths.FEATURE_IMPACT, _feature_rows(sums, slices))
             totals = np.sum([result["sets"] for result in results], axis=0)
-            run.store.write_table(paths.FEATURE_SET_IMPACT, _set_rows(class_sets(run, len(sums)), totals, slices))
+            run.write_table(paths.FEATURE_SET_IMPACT, _set_rows(class_sets(run, len(sums)), totals, slices))
             return {}
 
         return tabulate
@@ -148,7 +148,7 @@ def _set_rows(sets: Mapping[SetName, tuple[int, ...]], totals: np.ndarray, slice
     counts = slices[classes - 1]
     return pd.DataFrame(
         {
-            "set": pd.Series([name for _, name in sets], dtype="object"),
+            "set": pd.Series([name for _, name in sets], dtype="string"),
             "class": classes,
             "impact": _means(totals, counts),
             "size": np.asarray([len(chosen) for chosen in sets.values()], dtype=np.int16),

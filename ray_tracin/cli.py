@@ -21,14 +21,14 @@ from ray_tracin.charts import findings
 from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explanation import explain_region
 from ray_tracin.figures import DrawFigures, draw_explanation
-from ray_tracin.integrity import FOREIGN, repair, verify
+from ray_tracin.integrity import FOREIGN, refuse_no_run, repair, verify
 from ray_tracin.labelmaps import export_label_maps
 from ray_tracin.phantom import Edition
 from ray_tracin.pipeline import STEPS, Executors, index_sketches, is_prepared, refuse_missing_patients, run_to, status
 from ray_tracin.planning import measure, plan_run
 from ray_tracin.progress import progress
 from ray_tracin.querying import EXACT, explain_scan
-from ray_tracin.report import PAGE, RenderReport, discard_other_report
+from ray_tracin.report import PAGE, RenderReport, discard_other_report, refuse_wrong_queries
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor, cluster, write_phantoms
 from ray_tracin.stages import Listener, Report, Stage
@@ -144,8 +144,11 @@ def phantom(
     out.print(f"{patients} synthetic patients in {folder.absolute()}")
 
 
-def step_command(step: str) -> Callable[..., None]:
-    """The command that completes a step and all before it; also the whole of a file in ``jobs/``."""
+def step_command(step: str, before: Callable[[Run], None] | None = None) -> Callable[..., None]:
+    """The command that completes a step and all before it; also the whole of a file in ``jobs/``.
+
+    ``before`` is done once the cluster is there.
+    """
 
     def command(
         run: RunOption,
@@ -161,6 +164,8 @@ def step_command(step: str) -> Callable[..., None]:
                 refuse_missing_patients(opened)
             started = time.monotonic()
             with cluster(address) as kind, progress(out) as listen:
+                if before is not None:
+                    before(opened)
                 _complete(opened, step, listen, kind)
             _print_result(opened, time.monotonic() - started)
 
@@ -185,8 +190,8 @@ def report_command(  # noqa: PLR0913, PLR0917
     options = [f"report.{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
     everything = [*(overrides or []), *options]
     with _failing_clearly(debug), _configuring(debug):
-        discard_other_report(start_run(run, preset=preset, config=config, overrides=everything))
-    step_command("report")(run, config, preset, everything, address, debug)
+        refuse_wrong_queries(start_run(run, preset=preset, config=config, overrides=everything))
+    step_command("report", discard_other_report)(run, config, preset, everything, address, debug)
 
 
 def _asked_queries(text: str | None) -> str | int | list[str] | None:
@@ -274,7 +279,8 @@ def repair_command(run: RunOption, debug: DebugOption = False) -> None:
     """Restore the configuration's files, delete what belongs to no key; running again computes what is damaged."""
     with _failing_clearly(debug):
         with _configuring(debug):
-            done = repair(run)
+            refuse_no_run(run)
+        done = repair(run)
         for line in done:
             out.print(line, markup=False)
         out.print(f"{len(done)} files mended: the same command as before now computes what is damaged", markup=False)

@@ -66,6 +66,18 @@ def verify(run: Run) -> dict[str, list[str]]:
     return {**problems, **({FOREIGN: foreign} if foreign else {})}
 
 
+def refuse_no_run(uri: str) -> None:
+    """Nothing, if there is a run at the folder or URL, be its configuration damaged or gone; no folder is made.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    store = RunStore(uri)
+    missing = store.objects.is_local and not Path(store.uri).exists()
+    if missing or store.read_receipt(*RECORD) is None:
+        open_run(uri)
+
+
 def repair(uri: str) -> list[str]:
     """Restore the configuration's files and delete those that belong to no key; what was done, a line a file.
 
@@ -75,6 +87,7 @@ def repair(uri: str) -> list[str]:
         ValueError: the configuration can't be restored.
         ClaimHeldError: the run is being computed.
     """
+    refuse_no_run(uri)
     store = RunStore(uri)
     with driving(store.objects):
         done = [f"{path}: restored" for path in restore_configuration(uri)]

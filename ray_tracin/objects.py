@@ -110,6 +110,8 @@ def checksum(data: bytes) -> int:
 def absolute_uri(uri: str | Path) -> str:
     """The URI with local paths made absolute; ``file://`` URLs become plain paths."""
     text = str(uri)
+    if not text:
+        raise ValueError("expected a folder or a URL, got an empty name: is a variable not set?")
     if text.startswith("file://"):
         text = unquote(urlsplit(text).path)
     return text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute())

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float64, Int16, UInt8
 
 from ray_tracin.glioma import MODALITIES, RC, Anatomy, Grade, render_patient
+from ray_tracin.vocabulary import UsageError
 
 Edition = Literal["2017", "2018", "2019", "2020", "2021", "2022", "2023", "2024", "csv"]
 EDITIONS: tuple[Edition, ...] = get_args(Edition)
@@ -74,14 +75,15 @@ def write_patients(
 ) -> list[Path]:
     """The folders of so many synthetic patients, the last ``low_grade`` of them LGG, with the edition's tables.
 
-    Takes about a second a patient at 2 mm. To spread the work call `write_patient` for each and `write_tables` once:
-    the files are the same bytes.
+    Takes about a second a patient at 2 mm. To spread the work call `reserve` once, `write_patient` for each and
+    `write_tables` once: the files are the same bytes.
 
     Raises:
         ValueError: there is no patient to write, more low-grade patients than patients, an unknown edition, or a
-            spacing out of range.
+            spacing out of range; or the folder holds something else.
     """
     grades = patient_grades(patients, low_grade)
+    reserve(folder)
     cases = [
         write_patient(
             folder,
@@ -145,15 +147,28 @@ def write_patient(
     return case
 
 
+def reserve(folder: Path) -> None:
+    """Make a folder for synthetic patients, with the README that says what they are.
+
+    Raises:
+        UsageError: the folder holds something else: real patients must not be mixed with synthetic ones.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / README).exists():
+        raise UsageError(
+            f"expected a new or empty folder for synthetic patients, or one that has their {README}, found other files "
+            f"in {folder}: give a folder of their own"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / README, README_TEXT.encode())
+
+
 def write_tables(folder: Path, grades: Sequence[Grade], *, edition: Edition = "2019") -> None:
-    """What lies beside the patients: the README, and ``name_mapping.csv`` or ``dataset.csv`` where the edition has one.
+    """What lies beside the patients: ``name_mapping.csv`` or ``dataset.csv`` where the edition has one.
 
     Raises:
         ValueError: an unknown edition.
     """
     layout = _layout(edition)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / README, README_TEXT.encode())
     if edition == "csv":
         _write(folder / "dataset.csv", _table([_listing_row(layout, n, grade) for n, grade in enumerate(grades)]))
     elif edition in ("2019", "2020"):

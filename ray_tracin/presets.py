@@ -89,6 +89,8 @@ def _parsed(override: str) -> dict[str, Any]:
         value: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"the value of {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    if isinstance(value, str) and text.strip()[:1] not in "'\"|>":
+        value = text.strip()  # A path may hold what begins a comment in YAML.
     for part in reversed(key.strip().split(".")):
         value = {part: value}
     return dict(value)

@@ -19,6 +19,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from ray_tracin.appendix import about_model, about_run
+from ray_tracin.claims import driving
 from ray_tracin.dossier import (
     Json,
     Query,
@@ -31,7 +32,7 @@ from ray_tracin.dossier import (
 )
 from ray_tracin.runs import Run
 from ray_tracin.stages import Result, Stage
-from ray_tracin.store import now
+from ray_tracin.store import Receipt, now
 
 FOLDER = "report"
 PAGE = f"{FOLDER}/index.html"
@@ -71,16 +72,31 @@ class RenderReport(Stage[str]):
         return render
 
 
+def refuse_wrong_queries(run: Run) -> None:
+    """Nothing, if a report with the options that the run has now could be rendered in place of its report.
+
+    Raises:
+        ValueError: the options name a patient or slice that is no query.
+    """
+    if _other_report(run) is not None:
+        chosen_queries(run, run.config.report)
+
+
 def discard_other_report(run: Run) -> None:
     """Make the report undone if it was rendered with other options than the run has now.
 
     Raises:
-        ValueError: the options name a patient or slice that is no query; the report stays.
+        ClaimHeldError: the run is being computed; the report stays.
     """
+    receipt = _other_report(run)
+    if receipt is not None:
+        with driving(run.store.objects):
+            run.store.objects.delete([receipt.path, *(file.path for file in receipt.files)])
+
+
+def _other_report(run: Run) -> Receipt | None:
     receipt = run.store.read_receipt(RenderReport.name, "index")
-    if receipt is not None and receipt.result.get("options") != _options(run):
-        chosen_queries(run, run.config.report)
-        run.store.objects.delete([receipt.path, *(file.path for file in receipt.files)])
+    return receipt if receipt is not None and receipt.result.get("options") != _options(run) else None
 
 
 def _options(run: Run) -> Json:

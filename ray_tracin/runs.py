@@ -24,7 +24,7 @@ from ray_tracin import store as paths
 from ray_tracin.config import FORMAT_VERSION, RunConfig
 from ray_tracin.objects import StoredFile
 from ray_tracin.presets import build_config, parse_config, parse_yaml
-from ray_tracin.store import Array, Receipt, RunStore, ZarrArray
+from ray_tracin.store import Array, IncompleteRunError, Receipt, RunStore, ZarrArray
 from ray_tracin.unet import build_unet
 from ray_tracin.vocabulary import QUERY_SETS, QuerySet, UsageError, checkpoint_name
 
@@ -32,6 +32,7 @@ FINAL = "final"
 """The network after the last epoch."""
 RECORD = ("run", "configuration")
 """Stage and key of the receipt of the configuration's own files, which holds their text too."""
+TOP_TABLES = ("slices", "regions", "checkpoints", "skipped", "events")
 PACKAGES = ("ray_tracin", "torch", "numpy", "zarr", "ray", "monai", "nibabel", "pyarrow")
 
 
@@ -122,6 +123,9 @@ class Run:
 
     def _gathered(self, path: str, rows: Sequence[int]) -> Array:
         array = self.store.array(path)
+        strange = [int(row) for row in rows if not 0 <= row < array.shape[0]]
+        if strange:
+            raise IndexError(f"expected rows from 0 to {array.shape[0] - 1}, got {strange[:5]}")
         if not len(rows):
             return np.empty((0, *array.shape[1:]), dtype=array.dtype)
         parts = [(slice(int(row), int(row) + 1), *(slice(0, n) for n in array.shape[1:])) for row in rows]
@@ -153,14 +157,47 @@ class Run:
     def influence(self, query_set: QuerySet = "train") -> ZarrArray:
         """The influence tensor of a query set: float32 (query_class, query, train), NaN where a region is absent.
 
-        Column of train region (class j, position z among ``train_slices``): (j − 1)·n + z. Read by slicing, as NumPy.
+        Column of train region (class j, position z among ``train_slices``): (j − 1)·n + z. Read by slicing, as NumPy;
+        what is read may be changed, the array itself can't be.
+
+        Raises:
+            UsageError: there is no such query set.
+            IncompleteRunError: the tensor is not computed yet.
         """
-        return self.store.array(f"{paths.INFLUENCE}/{query_set}")
+        if query_set not in QUERY_SETS:
+            raise UsageError(f"no query set {query_set!r}: expected {' or '.join(QUERY_SETS)}")
+        return self.store.readable(f"{paths.INFLUENCE}/{query_set}")
 
     def table(self, name: str) -> pd.DataFrame:
-        """A table by its name: slices, regions, checkpoints, skipped, events, or one of ``tables/``."""
-        top = {"slices", "regions", "checkpoints", "skipped", "events"}
-        return self.store.read_table(f"{name}.parquet" if name in top else f"tables/{name}.parquet")
+        """A table by its name: slices, regions, checkpoints, skipped, events, or one of ``tables/``.
+
+        ``influence`` has a row a pair of regions, which may be more than memory holds.
+
+        Raises:
+            IncompleteRunError: there is no such table yet; those that there are, are listed.
+        """
+        if name == "influence":
+            return self._pairs()
+        try:
+            return self.store.read_table(f"{name}.parquet" if name in TOP_TABLES else f"tables/{name}.parquet")
+        except IncompleteRunError as error:
+            raise IncompleteRunError(f"{error}; tables that are there: {', '.join(self._tables())}") from None
+
+    def _pairs(self) -> pd.DataFrame:
+        parts = [path for path in sorted(self.store.objects.sizes(paths.INFLUENCE_TABLE)) if path.endswith(".parquet")]
+        if not parts:
+            raise IncompleteRunError(f"{self.uri} has no exported pairs yet: `ray-tracin export --run {self.uri}`")
+        return pd.concat([self._part(path) for path in parts], ignore_index=True)
+
+    def _part(self, path: str) -> pd.DataFrame:
+        where = dict(part.split("=") for part in path.split("/") if "=" in part)
+        query_class = np.int8(where["query_class"])
+        return self.store.read_table(path).assign(query_set=where["query_set"], query_class=query_class)
+
+    def _tables(self) -> list[str]:
+        found = [path.removeprefix("tables/") for path in self.store.objects.sizes("tables")]
+        top = [name for name in TOP_TABLES if self.store.objects.size(f"{name}.parquet") is not None]
+        return sorted([*top, *(path.removesuffix(".parquet") for path in found if "/" not in path)])
 
     def write_table(self, path: str, table: pd.DataFrame) -> None:
         """Write a Parquet file that says in the metadata of its schema what was differentiated; recorded."""
@@ -357,7 +394,11 @@ def read_document(path: Path | None) -> dict[str, Any] | None:
         return None
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file at {path}: expected a YAML file")
-    return parse_yaml(path.read_text(), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected YAML in UTF-8, found other bytes: save it as UTF-8 ({error})") from None
+    return parse_yaml(text, str(path))
 
 
 def _stored_document(store: RunStore) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray_tracin.assignment import TRIES
 from ray_tracin.config import RunConfig
 from ray_tracin.faults import cause_of, ended_after, reason, repeats, stage_error
-from ray_tracin.phantom import Edition, patient_grades, write_patient, write_tables
+from ray_tracin.phantom import Edition, patient_grades, reserve, write_patient, write_tables
 from ray_tracin.planning import GIB, plan_of
 from ray_tracin.pool import SLOWER_THAN_MEDIAN, Pool, room_for
 from ray_tracin.stages import Attempt, Event, Listener, Outcome, Report, Stage, StageWorker
@@ -272,7 +272,9 @@ def write_phantoms(
 
     Raises:
         StorageError: the folder can't be written.
+        UsageError: it holds something else.
     """
+    reserve(folder)
     grades = patient_grades(patients)
     write: Any = ray.remote(num_cpus=1)(write_patient)
     pending = [

@@ -230,6 +230,18 @@ class RunStore:
         except (FileNotFoundError, KeyError):
             raise self._missing(path) from None
 
+    def readable(self, path: str) -> ZarrArray:
+        """The array at the path, open for reading alone.
+
+        Raises:
+            IncompleteRunError: there is no such array yet.
+        """
+        container, inner = _container(path)
+        try:
+            return zarr.open_array(self._zarr_store(container), path=inner, mode="r", zarr_format=3)
+        except (FileNotFoundError, KeyError):
+            raise self._missing(path) from None
+
     def array(self, path: str) -> ZarrArray:
         """The array at the path, open for reading and for `write`.
 

@@ -83,9 +83,9 @@ def _exhaust_memory() -> None:
 
 
 def _fill_memory() -> None:
-    """Take 6 GiB, a little at a time, and hold them: where that is too much, somebody else ends the process."""
+    """Take 9 GiB, a little at a time, and hold them: where that is too much, somebody else ends the process."""
     held = []
-    for _ in range(192):
+    for _ in range(288):
         held.append(np.ones(4 << 20))
         time.sleep(0.01)
     time.sleep(5)

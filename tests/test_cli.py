@@ -83,7 +83,7 @@ def test_commands_that_read_a_run_need_one(tmp_path: Path) -> None:
 
 
 def test_a_mistyped_run_leaves_no_folder(tmp_path: Path) -> None:
-    for command in (["prepare"], ["plan"], ["sketches", "--set", "seed=1"]):
+    for command in (["prepare"], ["plan"], ["repair"], ["sketches", "--set", "seed=1"]):
         done = invoke(*command, "--run", str(tmp_path / "none"))
         assert (done.exit_code, "no run at" in done.stderr) == (2, True)
     file = tmp_path / "file"

@@ -41,7 +41,7 @@ def s3(server: str) -> Iterator[str]:
 def contents(uri: str) -> dict[str, bytes]:
     """Every array, table, checkpoint and figure; what holds times or says where the run is, is left out."""
     objects = Objects(uri)
-    kept = [path for path in objects.sizes() if path.split("/")[0] not in {"receipts", "claims", "attempts"}]
+    kept = [path for path in objects.sizes() if path.split("/")[0] not in {"receipts", "claims", "attempts", "checked"}]
     kept = [path for path in kept if path not in {"config.yaml", "versions.json", "events.parquet", PAGE}]
     return dict(zip(kept, objects.parallel(objects.get, kept), strict=True))
 

@@ -99,3 +99,10 @@ def test_every_setting_says_what_it_is() -> None:
             else:
                 assert field.description, f"{section.__name__}.{name}"
     assert len(sections) > 10
+
+
+@pytest.mark.parametrize(
+    ("text", "root"), [("/data/my #1 set", "/data/my #1 set"), ("'/data/a b'", "/data/a b"), (" /data ", "/data")]
+)
+def test_a_path_is_taken_as_it_is(text: str, root: str) -> None:
+    assert build_config("demo", None, [f"data.root={text}"]).data.root == root

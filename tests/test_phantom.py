@@ -13,7 +13,8 @@ from ray_tracin.anatomy import Tissue, analytic_tissue, build_grid, place_head, 
 from ray_tracin.config import DataConfig
 from ray_tracin.folders import decide_dialect, find_cases
 from ray_tracin.glioma import CONTRAST, ED, ET, NCR, RC, Patient, render_patient
-from ray_tracin.phantom import EDITIONS, Edition, patient_grades, write_patient, write_patients, write_tables
+from ray_tracin.phantom import EDITIONS, Edition, patient_grades, reserve, write_patient, write_patients, write_tables
+from ray_tracin.vocabulary import UsageError
 from ray_tracin.volumes import cut_slices, decide_label_scheme, inspect_case, load_volume
 
 TINY: dict[str, Any] = {"spacing": 8.0, "anatomy": "analytic", "seed": 3}
@@ -100,6 +101,7 @@ def test_a_patient_is_the_same_bytes_alone_and_in_a_crowd(tmp_path: Path) -> Non
     together = tmp_path / "together"
     write_patients(together, 3, low_grade=1, **TINY)
     alone = tmp_path / "alone"
+    reserve(alone)
     grades = patient_grades(3, low_grade=1)
     for number in (2, 0, 1):
         write_patient(alone, number, grade=grades[number], **TINY)
@@ -107,6 +109,13 @@ def test_a_patient_is_the_same_bytes_alone_and_in_a_crowd(tmp_path: Path) -> Non
     assert files(alone) == files(together)
     write_patients(together, 3, low_grade=1, **TINY)
     assert files(alone) == files(together), "writing again changes nothing and leaves nothing behind"
+
+
+def test_synthetic_patients_are_not_put_among_others(tmp_path: Path) -> None:
+    (tmp_path / "name_mapping.csv").write_text("real")
+    with pytest.raises(UsageError, match=rf"found other files in {tmp_path}: give a folder of their own"):
+        write_patients(tmp_path, 1, **TINY)
+    assert files(tmp_path) == {"name_mapping.csv": b"real"}
 
 
 def test_patients_differ_from_each_other_and_between_seeds() -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from typer.testing import CliRunner
 
+from ray_tracin.claims import driving
 from ray_tracin.cli import app
 from ray_tracin.phantom import write_patients
 from ray_tracin.pictures import DrawSlices, encode_image, encode_runs
@@ -794,6 +795,9 @@ def test_the_command_renders_again_where_options_differ(own_run: Run, local_clus
     code, output, third = invoke("--queries", "nobody")
     assert (code, third) == (2, first), "a wrong name costs nothing"
     assert "'nobody', which is no query of this run" in output
+    with driving(own_run.store.objects):
+        code, output, third = invoke("--top-k", "3")
+    assert (code, third) == (1, first), "a run that another computes loses nothing"
     code, _, fourth = invoke("--no-images", "--queries", "2", "--top-k", "3")
     assert code == 0
     assert fourth > first

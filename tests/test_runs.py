@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ray_tracin.runs import open_run, restore_configuration, start_run
+from ray_tracin.runs import Run, open_run, restore_configuration, start_run
 from ray_tracin.soundness import file_problems
-from ray_tracin.store import Receipt
+from ray_tracin.store import IncompleteRunError, Receipt
 
 
 def test_a_run_that_exists_needs_no_configuration_again(tmp_path: Path) -> None:
@@ -104,3 +104,43 @@ def test_a_relative_folder_of_patients_is_the_same_from_anywhere(
         assert start_run(tmp_path / "run", overrides=[f"data.root={root}"]).fingerprint == begun.fingerprint
     with pytest.raises(ValueError, match="has another configuration"):
         start_run(tmp_path / "run", overrides=["data.root=patients"])
+
+
+def test_what_a_reader_does_changes_no_tensor(tiny_run: Run) -> None:
+    tensor = open_run(tiny_run.uri).influence("train")
+    before = np.asarray(tensor[...])
+    with pytest.raises(ValueError, match="read-only"):
+        tensor[0, 0, :] = 0.0
+    np.testing.assert_array_equal(np.asarray(tiny_run.influence("train")[...]), before)
+
+
+def test_tables_have_their_names_and_others_are_listed(tiny_run: Run) -> None:
+    pairs = tiny_run.table("influence")
+    there = sum(int((~np.isnan(np.asarray(tiny_run.influence(name)[...]))).sum()) for name in tiny_run.query_sets)
+    assert len(pairs) == there
+    line = pairs.sample(1, random_state=0).iloc[0]
+    rows, train = tiny_run.query_slices(line.query_set), tiny_run.train_slices
+    column = (line.train_class - 1) * len(train) + train.index(line.train_slice)
+    value = tiny_run.influence(line.query_set)[line.query_class - 1, rows.index(line.query_slice), column]
+    assert float(np.asarray(value)) == line.influence
+    with pytest.raises(IncompleteRunError, match=r"tables that are there: .*opponents, .*proponents.*slices"):
+        tiny_run.table("nope")
+
+
+@pytest.mark.parametrize("rows", [[0, 999], [-1]])
+def test_rows_that_are_not_there_are_an_error(tiny_run: Run, rows: list[int]) -> None:
+    for read in (tiny_run.images, tiny_run.labels):
+        with pytest.raises(IndexError, match=f"expected rows from 0 to {len(tiny_run.slices) - 1}"):
+            read(rows)
+
+
+def test_a_configuration_in_other_bytes_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=rf"{path}: expected YAML in UTF-8"):
+        start_run(tmp_path / "run", config=path)
+
+
+def test_an_empty_name_is_no_run() -> None:
+    with pytest.raises(ValueError, match="got an empty name"):
+        open_run("")
