@@ -106,12 +106,12 @@ def demo(
     """Synthetic patients, then everything on them: minutes on two CPU cores."""
     with _failing_clearly(debug):
         with _configuring(debug):
-            folder = _demo_patients(run)
-            opened = start_run(run, preset="demo", overrides=[f"data.root={folder}", *(overrides or [])])
+            where = f"data.root={_demo_patients(run)}"
+            opened = start_run(run, preset="demo", overrides=[where, *(overrides or [])])
         started = time.monotonic()
         with cluster(address) as kind, progress(out) as listen:
             if not is_prepared(opened):
-                write_phantoms(folder, DEMO_PATIENTS, listen)
+                write_phantoms(Path(str(opened.config.data.root)), DEMO_PATIENTS, listen)
             _complete(opened, STEPS[-1], listen, kind)
         _print_result(opened, time.monotonic() - started)
 

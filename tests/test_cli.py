@@ -111,6 +111,14 @@ class TestBadData:
     def _cluster(self, local_cluster: str) -> None:
         pass
 
+    def test_the_demo_keeps_out_of_a_folder_that_is_somebodys(self, own_patients: Path, tmp_path: Path) -> None:
+        (own_patients / "README_PHANTOM.txt").unlink()
+        before = {path: path.read_bytes() for path in own_patients.rglob("*") if path.is_file()}
+        for _ in range(2):  # The second goes on with a run that has this folder.
+            done = invoke("demo", "--run", str(tmp_path / "run"), "--set", f"data.root={own_patients}")
+            assert (done.exit_code, f"found other files in {own_patients}" in done.stderr) == (2, True)
+            assert {path: path.read_bytes() for path in own_patients.rglob("*") if path.is_file()} == before
+
     @pytest.mark.parametrize(
         ("what", "message"),
         [
