@@ -202,7 +202,11 @@ class RegionDifferentiator:
             )
         with recorded(self._precision):
             return self._in_shares(
-                shares, receive, images.to(self._like), labels.to(self._like.device), masks.to(self._like.device)
+                shares,
+                receive,
+                images.detach().to(self._like),
+                labels.to(self._like.device),
+                masks.to(self._like.device),
             )
 
     def _in_shares(self, shares: int, receive: Receive, *batch: Tensor) -> Float[Tensor, "slice class"]:

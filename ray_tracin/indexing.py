@@ -144,7 +144,7 @@ class MeasureSketches(Stage[str]):
 
         def measure(_: str) -> Result:
             rows = [row for name in self.run.query_sets for row in self._rows(name)]
-            self.run.store.write_table(agreement_path(self.size), pd.DataFrame(rows))
+            self.run.write_table(agreement_path(self.size), pd.DataFrame(rows))
             return {"rows": len(rows)}
 
         return measure

@@ -113,7 +113,8 @@ class Passes:
     def _watched(self, leaf: Any, unit: Unit, number: int, place: int, alone: bool) -> Any:
         if not _is_differentiable(leaf):
             return leaf
-        tied = leaf if leaf.requires_grad and alone else leaf + self._anchor
+        # Writing into a view makes its history anew, without the hook.
+        tied = leaf if leaf.requires_grad and alone and not leaf._is_view() else leaf + self._anchor
         if tied.requires_grad:
             # A hook on the tensor, not on the module: it sees the gradient of what the unit wrote even where the
             # network goes on to change that in place.

@@ -30,15 +30,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import ObjectStore, WrapperStore
 
-from ray_tracin.objects import (
-    Objects,
-    StorageError,
-    StoredFile,
-    checksum,
-    explained,
-    patiently_async,
-    reason_of,
-)
+from ray_tracin.objects import Objects, StorageError, StoredFile, checksum, explained, patiently_async, reason_of
 
 CONFIG = "config.yaml"
 VERSIONS = "versions.json"
