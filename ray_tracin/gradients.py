@@ -115,6 +115,10 @@ class RegionDifferentiator:
         self._precision: Precision = precision
         self._names = selected_parameters(model, head, parameters)
         self._model = frozen_copy(model)
+        self._in_place = [name for name, module in model.named_modules() if getattr(module, "inplace", False) is True]
+        with recorded():
+            # Never called: what a module keeps of a call isn't in it.
+            self._fresh = twin(self._model)
         self._units = self._units_of(self._model)
         self._parameters = {name: value for unit in self._units.values() for name, value in unit.parameters.items()}
         self._like = next(iter(self._parameters.values()))
@@ -216,7 +220,7 @@ class RegionDifferentiator:
         alone = self._like.device.type != "cpu" or any(segment.kind == "other" for segment in self.layout.segments)
         size = count if alone else -(-count // min(count, torch.get_num_threads(), shares))
         bounds = list(ranges(count, size))
-        twins = [twin(self._model) for _ in bounds[1:]]
+        twins = [twin(self._fresh) for _ in bounds[1:]]
         parts = [[tensor[start:stop] for tensor in batch] for start, stop in bounds]
         share = partial(self._share, receive)
         with shared_threads(len(bounds)) as each:
@@ -303,10 +307,17 @@ class RegionDifferentiator:
 
     def _plain_gradients(self, image: Tensor, labels: Tensor, masks: Tensor) -> Float[Tensor, "class column"]:
         with recorded(), trainable(self._parameters.values()):
-            logits = self._model(image.to(self._like).clone())
+            logits = self._as_given()(image.to(self._like).clone())
             scores = region_scores(logits, labels.to(logits.device).clone(), masks.to(logits.device).clone())[0]
             rows = [flat_gradients(score, self._parameters.values(), retain_graph=True) for score in scores]
         return torch.stack(rows)
+
+    def _as_given(self) -> nn.Module:
+        """The network as it was given, activations in place and all; it has never been called."""
+        model = twin(self._fresh)
+        for name in self._in_place:
+            setattr(model.get_submodule(name), "inplace", True)  # noqa: B010
+        return model
 
     def _differences(self, row: Float[Tensor, "1 value"], plain: Float[Tensor, "class column"]) -> Mapping[str, float]:
         """For each parameter the difference relative to its own norm, or to the noise where that is larger."""

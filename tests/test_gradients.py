@@ -551,6 +551,97 @@ class Doubled(nn.Module):
         return {"out": torch.einsum("oc,schw->sohw", self.weight, once), "features": [once, once]}
 
 
+class InPlaceUnused(nn.Module):
+    """An activation in place whose result is not what goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(2, 4, 3, padding=1)
+        self.activation = nn.ReLU(inplace=True)
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        y = self.layer(x)
+        self.activation(y)
+        return self.head(y)
+
+
+class Cached(nn.Module):
+    """Keeps what it makes of a parameter once it is in eval mode, as LeViT's attention does with its biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = Scaled()
+        self.head = nn.Conv2d(2, 3, 1)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.layer(x)))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.7, 1.3]))
+        self.kept = {}
+
+    def forward(self, x):
+        if "scale" not in self.kept:
+            self.kept["scale"] = self.scale.exp()[:, None, None]
+        return x * self.kept["scale"]
+
+
+@pytest.mark.parametrize(("build", "name"), [(InPlaceUnused, "layer.weight"), (Cached, "layer.scale")])
+def test_gradients_of_another_network_than_the_given_are_found_by_the_check(build, name, threads):
+    images, labels, masks = networks.batch()
+    engine = differentiator(networks.seeded(build), images)
+    with pytest.raises(ValueError, match=rf"differ from autograd's: .*{name} \(by"):
+        engine.check(images[:1], labels[:1], masks[:1])
+
+
+class Tokens(nn.Module):
+    """Writes into what a linear layer returns for tokens, which is a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 4)
+        self.again = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        tokens = torch.tanh(self.layer(x.flatten(2).mT))
+        after = self.again(tokens)
+        after += tokens
+        return self.head(after).mT.unflatten(2, x.shape[2:])
+
+
+class Keeping(nn.Module):
+    """Keeps its last activation, which can't be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(2, 4, 3, padding=1)
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        self.last = torch.tanh(self.layer(x))
+        return self.head(self.last)
+
+
+@pytest.mark.parametrize("build", [Tokens, Keeping])
+def test_networks_that_write_into_views_or_keep_activations_equal_the_oracle(build, threads):
+    model = networks.seeded(build).double().eval()
+    images, labels, masks = networks.batch()
+    engine = differentiator(model, images.double())
+    for _ in range(2):
+        engine.check(images[:1].double(), labels[:1], masks[:1])
+    found = engine.differentiate(images.double().requires_grad_(), labels, masks)
+    got = by_parameter(engine, found.values)
+    names = [name for name, _ in model.named_parameters()]
+    expected = oracle.gradients(model, names, images, labels, masks)
+    for name in names:
+        assert oracle.difference(got[name], expected[name].flatten(2)) < 1e-12, name
+
+
 class SeveralOutputs(nn.Module):
     def __init__(self):
         super().__init__()
