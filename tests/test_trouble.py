@@ -40,7 +40,8 @@ from ray_tracin.stages import complete
 def work(pool, name, length):
     folder = Path(sys.argv[1]) / name
     (folder / "attempts").mkdir(parents=True)
-    run = start_run(folder / "run", preset="demo", overrides=["resources={workers: 2, lease_seconds: 3}"])
+    lease = 60 if name == "fills" else 3  # To fill memory takes seconds, and is not to pass for a hang.
+    run = start_run(folder / "run", preset="demo", overrides=[f"resources={{workers: 2, lease_seconds: {lease}}}"])
     trouble = {} if name in ("first", "calm") else {10: name}
     stage = Square(run, folder / "attempts", trouble, length=length, seconds=0.2)
     again, started = [], time.monotonic()
