@@ -40,7 +40,7 @@ from ray_tracin.stages import complete
 def work(pool, name, length):
     folder = Path(sys.argv[1]) / name
     (folder / "attempts").mkdir(parents=True)
-    lease = 60 if name == "fills" else 3  # To fill memory takes seconds, and is not to pass for a hang.
+    lease = 60 if name == "fills" else 3  # To fill memory is not to pass for a hang.
     run = start_run(folder / "run", preset="demo", overrides=[f"resources={{workers: 2, lease_seconds: {lease}}}"])
     trouble = {} if name in ("first", "calm") else {10: name}
     stage = Square(run, folder / "attempts", trouble, length=length, seconds=0.2)
@@ -70,16 +70,19 @@ LOST = {
 IDEAL_SECONDS = 15.0
 """What the 150 keys take two workers that never wait."""
 
+FILLING_SECONDS = 60.0
+"""More than a worker takes to fill memory: 2 to 20 s were seen, by how fast the machine hands out pages."""
 
-def assert_cheap(trouble: str, found: dict[str, Any], undisturbed: float) -> None:
-    """The trouble struck, and cost no more than what workers had in hand."""
+
+def assert_cheap(trouble: str, found: dict[str, Any], longest: float) -> None:
+    """The trouble struck, and cost no more than what workers had in hand, in no more than so many seconds."""
     assert found["same"]
     assert found["again"][0].startswith(LOST[trouble])
     # Ray may end a second worker before the memory of the first is seen to be free.
     assert 1 <= found["counted"] <= 2
     # A worker has the next of these short keys in hand too.
     assert 1 <= found["extra"] <= found["counted"] + 1
-    assert found["seconds"] <= 2 * undisturbed, found
+    assert found["seconds"] <= longest, found
 
 
 def test_a_worker_that_is_killed_or_hangs_costs_a_key_or_two(tmp_path: Path) -> None:
@@ -87,7 +90,7 @@ def test_a_worker_that_is_killed_or_hangs_costs_a_key_or_two(tmp_path: Path) -> 
     calm = found["calm"]
     assert (calm["same"], calm["extra"], calm["counted"]) == (True, 0, 0)
     for trouble in ("killed", "hangs"):
-        assert_cheap(trouble, found[trouble], calm["seconds"])
+        assert_cheap(trouble, found[trouble], 2 * calm["seconds"])
 
 
 def test_a_worker_that_takes_all_memory_is_ended_by_ray_and_costs_a_key_or_two(tmp_path: Path) -> None:
@@ -97,7 +100,7 @@ def test_a_worker_that_takes_all_memory_is_ended_by_ray_and_costs_a_key_or_two(t
     limit = str(min(0.95, (memory.total - memory.available + SPARE) / memory.total))
     limits = {"RAY_memory_usage_threshold": limit, "RAY_memory_monitor_refresh_ms": "100"}
     found = in_a_process(TROUBLED, tmp_path, "fills", **limits)
-    assert_cheap("fills", found["fills"], IDEAL_SECONDS)
+    assert_cheap("fills", found["fills"], 2 * IDEAL_SECONDS + FILLING_SECONDS)
 
 
 KILLS = 5
