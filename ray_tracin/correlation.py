@@ -162,7 +162,7 @@ def correlate(
     columns, or those of one kernel a group if that is more.
     """
     positions = tuple(points.shape[3:])
-    grouped = points.reshape(*points.shape[:2], geometry.groups, -1, math.prod(positions))
+    grouped = points.flatten(3).unflatten(2, (geometry.groups, -1))
     channels = windows.unflatten(2, (geometry.groups, -1))
     outs, ins = _block(geometry, grouped.shape[3], channels.shape[3], columns)
     return [

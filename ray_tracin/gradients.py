@@ -10,7 +10,8 @@ It doesn't know checkpoints, files or what gradients are multiplied with.
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from ray_tracin.arithmetic import shared_threads
-from ray_tracin.correlation import Shape
+from ray_tracin.correlation import Shape, wide
 from ray_tracin.layers import Layout, parameter_gradients
 from ray_tracin.passes import Passes
 from ray_tracin.recording import recorded, trace
@@ -39,9 +40,11 @@ from ray_tracin.vocabulary import Precision, ranges
 
 TOLERANCE = 1e-3
 """Relative difference from autograd above which a parameter counts as not covered; rounding is far below."""
-NOISE = 1e-5
-"""Share of a region's gradient norm by which any parameter may differ: those whose true gradient is 0 (a bias before an
-instance normalisation) hold nothing but rounding."""
+HALF_TOLERANCE = 1 / 16
+"""The same for networks whose parameters are float16 or bfloat16."""
+SMALLEST = 1e-2
+"""Share of a region's gradient norm below which a parameter's counts as this: those whose true gradient is 0 (a bias
+before an instance normalisation) hold nothing but rounding."""
 SHARES = 4
 """Shares of a batch that go through the network at the same time, at the most, where threads allow: two passes keep two
 CPU cores busier than one whose small layers are split between them."""
@@ -169,7 +172,8 @@ class RegionDifferentiator:
 
         Raises:
             NonFiniteGradientError: a gradient is infinite or not a number.
-            ValueError: the slices aren't as large as the example, a label is no class, or the masks don't fit.
+            ValueError: the slices aren't as large as the example, a label is no class, the masks don't fit, or the
+                network calls other modules for these slices than for the example, or checkpoints activations.
         """
         return self._differentiated(SHARES, images, labels, masks)
 
@@ -208,7 +212,7 @@ class RegionDifferentiator:
             return self._in_shares(
                 shares,
                 receive,
-                images.detach().to(self._like),
+                images.detach().to(self._like).contiguous(),
                 labels.to(self._like.device),
                 masks.to(self._like.device),
             )
@@ -249,7 +253,8 @@ class RegionDifferentiator:
             logits = passes.forward(model, images)
             # Cloned, because autograd keeps them and refuses tensors of inference mode.
             scores = region_scores(logits, labels.clone(), masks.clone())
-            passes.backward(torch.where(scores.isnan(), 0, scores))
+            with _no_checkpoints():
+                passes.backward(torch.where(scores.isnan(), 0, scores))
             if not passes.overwritten:
                 return scores.detach()
             # The network writes into what these units have read: once more, and from now on, with copies.
@@ -287,7 +292,7 @@ class RegionDifferentiator:
         """
         empty = (region_pixels(masks) == 0).view(*masks.shape[:2], *(1,) * (masks.dim() - 2))
         masks = masks | empty
-        stranger = (1 - images[:1].flip(-1)) / 2
+        stranger = _mirrored(images[:1])
         batch = zip((images, labels, masks), (stranger, labels[:1], masks[:1]), strict=True)
         rows = self._differentiated(1, *(torch.cat(pair) for pair in batch)).values
         worst = dict.fromkeys(self._parameters, 0.0)
@@ -296,18 +301,19 @@ class RegionDifferentiator:
             plain = self._plain_gradients(images[one], labels[one], masks[one])
             for name, ratio in self._differences(rows[one], plain).items():
                 worst[name] = max(worst[name], ratio)
-        differing = [f"{name} (by {ratio:.1%})" for name, ratio in worst.items() if ratio > TOLERANCE]
+        tolerance = TOLERANCE if self._like.dtype == wide(self._like.dtype) else HALF_TOLERANCE
+        differing = [f"{name} (by {ratio:.1%})" for name, ratio in worst.items() if ratio > tolerance]
         if differing:
             raise ValueError(
                 f"the gradients of these parameters differ from autograd's: {', '.join(differing)}. A parameter is "
-                "covered where only its own module uses it, on one slice at a time; these are used elsewhere too, or "
-                "their slices are mixed. Exclude them by gradients.parameters, freeze them (requires_grad_(False)), or "
-                "call the module that owns them"
+                "covered where only its own module uses it, on one slice at a time; these are used elsewhere "
+                "too, or their slices are mixed, or torch.utils.checkpoint runs them again (switch it off). Exclude "
+                "them by gradients.parameters, freeze them (requires_grad_(False)), or call the module that owns them"
             )
 
     def _plain_gradients(self, image: Tensor, labels: Tensor, masks: Tensor) -> Float[Tensor, "class column"]:
         with recorded(), trainable(self._parameters.values()):
-            logits = self._as_given()(image.to(self._like).clone())
+            logits = self._as_given()(image.to(self._like).contiguous().clone())
             scores = region_scores(logits, labels.to(logits.device).clone(), masks.to(logits.device).clone())[0]
             rows = [flat_gradients(score, self._parameters.values(), retain_graph=True) for score in scores]
         return torch.stack(rows)
@@ -320,8 +326,8 @@ class RegionDifferentiator:
         return model
 
     def _differences(self, row: Float[Tensor, "1 value"], plain: Float[Tensor, "class column"]) -> Mapping[str, float]:
-        """For each parameter the difference relative to its own norm, or to the noise where that is larger."""
-        noise = NOISE / TOLERANCE * plain.norm(dim=1)
+        """For each parameter the difference relative to its own norm, or to a small share of the whole if larger."""
+        smallest = SMALLEST * plain.norm(dim=1)
         sizes = [parameter.numel() for parameter in self._parameters.values()]
         expected = dict(zip(self._parameters, plain.split(sizes, dim=1), strict=True))
         got = {name: torch.zeros_like(values) for name, values in expected.items()}
@@ -329,7 +335,8 @@ class RegionDifferentiator:
             packed = row[:, segment.offset : segment.stop]
             got |= {k: v[0] for k, v in parameter_gradients(segment, packed, self.layout.classes).items()}
         return {
-            name: _relative(got[name] - values, values.norm(dim=1).maximum(noise)) for name, values in expected.items()
+            name: _relative(got[name] - values, values.norm(dim=1).maximum(smallest))
+            for name, values in expected.items()
         }
 
 
@@ -351,6 +358,12 @@ def _together(layout: Layout, device: str) -> int:
     return max(1, PASS_BYTES // max(1, layout.activation_bytes)) if device == "cpu" else sys.maxsize
 
 
+def _mirrored(images: Float[Tensor, "slice modality *space"]) -> Float[Tensor, "slice modality *space"]:
+    """Other images, upside down in every modality's intensities: a network may read what is in their range alone."""
+    low, high = (values.view(*values.shape, *(1,) * (images.dim() - 2)) for values in images.flatten(2).aminmax(dim=2))
+    return (low + high - images.flip(-1)).clamp(low, high)
+
+
 def _relative(difference: Float[Tensor, "class column"], scale: Float[Tensor, " class"]) -> float:
     norm = difference.norm(dim=1)
     # Where autograd's gradient is 0 altogether, no difference is none and any is infinitely large.
@@ -365,6 +378,19 @@ def _check_logits(logits: Any, expected: Shape) -> None:
             f"slice, got {got}: wrap it in a module that returns one logit map for the background and each class, as "
             "large as the image"
         )
+
+
+@contextmanager
+def _no_checkpoints() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "torch.utils.checkpoint" not in str(error):
+            raise
+        raise ValueError(
+            "expected a network that keeps its activations for the backward pass, got one that runs parts of itself "
+            "again by torch.utils.checkpoint: switch that off (often an argument use_checkpoint)"
+        ) from error
 
 
 def _finite_state(module: nn.Module) -> bool:

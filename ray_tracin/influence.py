@@ -141,7 +141,7 @@ def _chunks(
     segment: Segment, classes: int, queries: Tensor, trains: Tensor, chunk_values: int
 ) -> list[tuple[Chunk, Chunk]]:
     """Matching chunks of both sides' gradients, a row a region: the classes of a slice, then the next slice."""
-    columns = max(1, chunk_values // (classes * max(len(queries), len(trains))))
+    columns = max(1, chunk_values // (classes * max(len(queries), len(trains), 1)))
     left = expansion(segment, queries, classes, columns=columns)
     right = left if trains is queries else expansion(segment, trains, classes, columns=columns)
     return list(zip(left, right, strict=True))

@@ -72,17 +72,25 @@ def _localized(func: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...]
     """The arguments of a convolution, of both kinds alike; None if it isn't one in the form that modules call."""
     if func in _CONVOLUTIONS and len(args) == 7:
         values, weight, bias, stride, padding, dilation, groups = args
-        extra = (0,) * len(dilation)
+        extra = 0
     elif func in _TRANSPOSED and len(args) == 8:
         values, weight, bias, stride, padding, extra, groups, dilation = args
     else:
         return None
     kernel = tuple(weight.shape[2:])
+    axes = len(kernel)
     learning = weight.requires_grad or (bias is not None and bias.requires_grad)
     if isinstance(padding, str) or learning or math.prod(kernel) == 1 or values.dim() != weight.dim():
         return None
-    geometry = Geometry(kernel, tuple(stride), tuple(dilation), tuple((width, width) for width in padding), groups)
-    return values, weight, bias, geometry, func in _TRANSPOSED, tuple(extra)
+    pairs = tuple((width, width) for width in _each_axis(padding, axes))
+    geometry = Geometry(kernel, _each_axis(stride, axes), _each_axis(dilation, axes), pairs, groups)
+    return values, weight, bias, geometry, func in _TRANSPOSED, _each_axis(extra, axes)
+
+
+def _each_axis(value: int | Sequence[int], axes: int) -> Shape:
+    """What a convolution is told for its axes: each, or one for all of them."""
+    told = (value,) if isinstance(value, int) else tuple(value)
+    return told * axes if len(told) == 1 else told
 
 
 class _Convolution(torch.autograd.Function):

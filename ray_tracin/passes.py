@@ -87,13 +87,13 @@ class Passes:
             self._values[:, segment.offset : segment.offset + segment.input_values] = 0
 
     def _keep_input(self, unit: Unit, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        segment = self._segments[unit.name]
         calls = self._calls.setdefault(unit.name, [])
-        if len(calls) == len(self._example_read[unit.name]):
+        if len(calls) == len(self._example_read.get(unit.name, ())):
             raise ValueError(
                 f"unit {unit.name!r} was called {len(calls)} times on the example and more often on this batch: the "
                 "number of calls must not depend on the slices"
             )
+        segment = self._segments[unit.name]
         call = Call.of(unit, arguments, keywords, copied=unit.name in self._copied)
         if segment.form == "factors":
             inputs = call.tensors[0].reshape(len(self._values), -1)

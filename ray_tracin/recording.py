@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from ray_tracin.arithmetic import arithmetic
 from ray_tracin.correlation import Shape
@@ -117,15 +117,18 @@ class Trace:
     logits: Any = None
     read: dict[str, list[Shapes]] = field(default_factory=dict)
     written: dict[str, list[Shapes]] = field(default_factory=dict)
+    told: dict[str, list[tuple[int | tuple[int, ...], ...]]] = field(default_factory=dict)
+    """Numbers and sizes among a unit's arguments."""
     kept_bytes: int = 0
     """What autograd keeps for a backward pass through the activations."""
 
     def doubled_by(self, other: "Trace") -> bool:
         """Whether twice as many slices make twice as long first axes of all that units write.
 
-        What units read may also stay as it is: it is then the same for all slices.
+        What units read may also stay as it is: it is then the same for all slices. What they are told has to: a unit
+        that is told how many slices there are can't be run again on one of them.
         """
-        if [*map(len, self.written.values())] != [*map(len, other.written.values())]:
+        if [*map(len, self.written.values())] != [*map(len, other.written.values())] or self.told != other.told:
             return False
         return all(_doubled(one, two) for one, two in _pairs(self.written, other.written)) and all(
             one == two or _doubled(one, two) for one, two in _pairs(self.read, other.read)
@@ -151,6 +154,8 @@ def trace(model: nn.Module, units: Sequence[Unit], images: Float[Tensor, "slice 
 
     def read(unit: Unit, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         result.read.setdefault(unit.name, []).append(_shapes((arguments, keywords)))
+        told = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, int | tuple)]
+        result.told.setdefault(unit.name, []).append(tuple(told))
 
     def written(unit: Unit, output: Any) -> Any:
         result.written.setdefault(unit.name, []).append(_shapes(output))

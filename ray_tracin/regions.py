@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Integer, UInt8
 from torch import Tensor
 
+from ray_tracin.correlation import wide
+
 BACKGROUND = 0
 """The label, and the channel of the logits, that is never a class."""
 
@@ -24,8 +26,8 @@ def region_masks(logits: Float[Tensor, "slice channel *space"], threshold: float
 
 
 def foreground_probabilities(logits: Float[Tensor, "slice channel *space"]) -> Float[Tensor, "slice class *space"]:
-    """The softmax over all channels, background left out: the ``P`` of the paper."""
-    return logits.softmax(dim=1)[:, BACKGROUND + 1 :]
+    """The softmax over all channels, background left out: the ``P`` of the paper, in float32 at the least."""
+    return logits.softmax(dim=1, dtype=wide(logits.dtype))[:, BACKGROUND + 1 :]
 
 
 def foreground_truth(labels: Integer[Tensor, "slice *space"], classes: int) -> Bool[Tensor, "slice class *space"]:

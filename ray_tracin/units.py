@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from ray_tracin.correlation import POINTWISE, Geometry, Shape
 from ray_tracin.layers import Form, Kind, Segment, factor_values
@@ -105,9 +106,11 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         ValueError: a batch normalisation without running statistics, which in eval mode too normalises with those of
             the batch: the gradient of a slice would depend on which others are in its batch.
     """
-    # A copy that is made in inference mode could never be differentiated.
+    # A copy that is made in inference mode could never be differentiated; and PyTorch's gradients of normalisations of
+    # tensors whose channels are last aren't all right.
     with torch.inference_mode(False):
-        own = copy.deepcopy(model).eval().requires_grad_(False)
+        own = _deep_copy(model).eval().requires_grad_(False)
+        own.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     mixing = []
     for name, module in own.named_modules():
         if getattr(module, "inplace", False) is True:
@@ -119,6 +122,13 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             f"expected slices that don't influence each other, got track_running_stats=False in {', '.join(mixing)}: "
             "use running statistics, or instance or group normalisation"
         )
+    return own
+
+
+def _deep_copy(model: nn.Module) -> nn.Module:
+    """A copy, what modules keep of earlier calls without its history, with which it can't be copied."""
+    kept = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
+    own: nn.Module = copy.deepcopy(model, {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf})
     return own
 
 
@@ -311,7 +321,8 @@ def flat_gradients(
     gradients = torch.autograd.grad(
         value, listed, upstream, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
     )
-    return torch.cat([gradient.flatten() for gradient in gradients])
+    # Those of an embedding may be sparse.
+    return torch.cat([gradient.to_dense().flatten() for gradient in gradients])
 
 
 @contextmanager

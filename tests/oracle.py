@@ -39,7 +39,7 @@ def gradients(
             dice(logits, labels[position], masks[position, column], column + 1).backward()
             for name, value in parameters.items():
                 if value.grad is not None:
-                    result[name][position, column] = value.grad
+                    result[name][position, column] = value.grad.to_dense()
     return result
 
 

@@ -1,4 +1,5 @@
 import copy
+import warnings
 import weakref
 
 import networks
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from monai.networks.nets import BasicUNet
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ray_tracin import gradients
 from ray_tracin.gradients import NonFiniteGradientError, RegionDifferentiator, differentiate_bytes
@@ -378,11 +380,45 @@ class Halting(nn.Module):
         return self.head(x)
 
 
-def test_a_number_of_calls_that_depends_on_the_slices_is_refused(threads):
+class Choosing(nn.Module):
+    """Sends bright slices through a layer that others don't see."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 3, 1)
+
+    def forward(self, x):
+        return self.head(self.layer(x) if x.abs().max() > 1 else x)
+
+
+@pytest.mark.parametrize(("build", "times"), [(Halting, 1), (Choosing, 0)])
+def test_a_number_of_calls_that_depends_on_the_slices_is_refused(build, times, threads):
     images, labels, masks = networks.batch()
-    engine = differentiator(Halting(), images * 0)
-    with pytest.raises(ValueError, match="unit 'layer' was called 1 times on the example and more often on this batch"):
+    engine = differentiator(build(), images * 0)
+    with pytest.raises(ValueError, match=f"'layer' was called {times} times on the example and more often on this"):
         engine.differentiate(images, labels, masks)
+
+
+class Checkpointing(nn.Module):
+    """Computes a block again instead of keeping what it made."""
+
+    def __init__(self, reentrant, norm=True):
+        super().__init__()
+        self.layer = nn.Conv2d(2, 4, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4) if norm else nn.Tanh())
+        self.head = nn.Conv2d(4, 3, 1)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        return self.head(checkpoint(self.block, torch.tanh(self.layer(x)), use_reentrant=self.reentrant).tanh())
+
+
+@pytest.mark.parametrize(("reentrant", "norm"), [(False, True), (False, False), (True, True), (True, False)])
+def test_checkpointed_activations_are_refused(reentrant, norm):
+    images, labels, masks = networks.batch()
+    engine = differentiator(Checkpointing(reentrant, norm), images)
+    with pytest.raises(ValueError, match=r"torch\.utils\.checkpoint.*switch (it|that) off"):
+        engine.check(images, labels, masks)
 
 
 class Gated(nn.Module):
@@ -683,3 +719,123 @@ def test_outputs_of_a_unit_that_are_made_from_one_another_are_counted_once(build
     expected = oracle.gradients(model, names, images, labels, masks)
     for name in names:
         assert oracle.difference(got[name], expected[name].flatten(2)) < 1e-12, name
+
+
+class Logarithm(nn.Module):
+    """Reads what is positive alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(2, 4, 3, padding=1)
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.layer(x.log())))
+
+
+class Intensities(nn.Module):
+    """Has a vector for each intensity, the gradients of which are sparse."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Embedding(200, 4, sparse=True)
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.layer(x[:, 0].long()).movedim(3, 1)))
+
+
+class Telling(nn.Module):
+    """Tells a layer how many slices there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = Told()
+        self.head = nn.Conv2d(2, 3, 1)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.layer(x, len(x))))
+
+
+class Told(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([0.7, 1.3]))
+
+    def forward(self, x, slices):
+        return x.view(slices, 2, -1).mul(self.gain[:, None]).view(x.shape)
+
+
+class Normalising(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.InstanceNorm2d(4, affine=True)
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.norm(self.layer(x))))
+
+
+class KeepingAll(Keeping):
+    """Keeps its activations in a list."""
+
+    def forward(self, x):
+        self.all = [torch.tanh(self.layer(x))]
+        return self.head(self.all[0])
+
+
+def old_weight_norm():
+    with warnings.catch_warnings(action="ignore"):
+        return nn.Sequential(nn.utils.weight_norm(nn.Conv2d(2, 4, 3, padding=1)), nn.Tanh(), nn.Conv2d(4, 3, 1))
+
+
+def assert_oracle(build, images, prepare=lambda model, images: model, *, dtype=torch.float64, tolerance=1e-12):
+    """The gradients of a network, made ready somehow, pass the check, and are the oracle's of one that isn't."""
+    _, labels, masks = networks.batch()
+    # Without history, which the oracle couldn't copy.
+    with torch.no_grad():
+        fresh = networks.seeded(build).to(dtype)
+    names = [name for name, _ in fresh.named_parameters()]
+    expected = oracle.gradients(fresh, names, images.to(dtype).contiguous(), labels, masks)
+    images = images.to(dtype)
+    engine = differentiator(prepare(networks.seeded(build).to(dtype), images), images)
+    engine.check(images[:1], labels[:1], masks[:1])
+    rows = engine.differentiate(images, labels, masks).values
+    got = by_parameter(engine, rows)
+    whole = [torch.cat([values[name].flatten(2).double() for name in names], 2) for values in (got, expected)]
+    assert oracle.difference(*whole) < tolerance
+
+
+POSITIVE = networks.batch()[0].abs() * 40 + 1.5
+
+
+@pytest.mark.parametrize(("build", "images"), [(Logarithm, POSITIVE), (Intensities, POSITIVE.floor())])
+def test_the_check_shows_a_network_what_it_may_be_shown(build, images):
+    assert POSITIVE.max() < 200
+    assert_oracle(build, images)
+
+
+def test_a_unit_that_is_told_how_many_slices_there_are_equals_the_oracle(threads):
+    assert_oracle(Telling, networks.batch()[0])
+
+
+def called(model, images):
+    """The network after a training step, of which it may keep activations with their history."""
+    model.train()(images)
+    return model
+
+
+@pytest.mark.parametrize("build", [Keeping, KeepingAll, old_weight_norm])
+def test_what_a_network_keeps_of_earlier_calls_does_not_matter(build, threads):
+    assert_oracle(build, networks.batch()[0], called)
+
+
+def test_channels_may_be_last(threads):
+    images = networks.batch()[0].contiguous(memory_format=torch.channels_last)
+    assert_oracle(Normalising, images, lambda model, _: model.to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("build", [Normalising, unet])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 2e-2)])
+def test_networks_of_half_precision_are_as_near_as_it_allows(build, dtype, tolerance):
+    assert_oracle(build, networks.batch()[0].to(dtype), dtype=dtype, tolerance=tolerance)

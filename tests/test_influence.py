@@ -177,6 +177,14 @@ def test_a_reader_is_asked_for_each_segment_once(deep):
     assert tuple(asked) == layout.segments
 
 
+@pytest.mark.parametrize("train", [3, 0, None])
+def test_a_side_without_slices_has_no_entries(deep, train):
+    layout, values, _ = deep
+    others = None if train is None else reader(values[:train])
+    kernel, norm2 = tile_kernel(layout, reader(values[:0]), others, chunk_values=500)
+    assert (kernel.shape, norm2.shape) == ((2, 0, 2, train or 0), (2, 0))
+
+
 def test_the_estimate_of_memory_counts_both_sides(deep):
     layout = deep[0]
     widest = max(segment.length for segment in layout.segments)

@@ -137,6 +137,20 @@ def test_gradients_of_small_regions_equal_the_oracle(name):
     assert oracle.difference(torch.cat([got[key] for key in expected], 2), everything) < 1e-5
 
 
+@pytest.mark.parametrize("each", [1, [1], (1,)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_number_for_all_axes_is_one_for_each(transposed, each):
+    weight, values = torch.randn(3, 3, 3, 3), torch.randn(2, 3, 9, 9, requires_grad=True)
+    function = F.conv_transpose2d if transposed else F.conv2d
+    told = (each, each, 0, 1, each) if transposed else (each, each, each, 1)
+    asked = torch.zeros(2, 3, 9, 9)
+    asked[:, :, 2:4, 5:6] = 1.0
+    (expected,) = torch.autograd.grad(function(values, weight, None, *told), values, asked)
+    with LocalBackward():
+        (got,) = torch.autograd.grad(function(values, weight, None, *told), values, asked)
+    torch.testing.assert_close(got, expected)
+
+
 def test_weights_that_are_trained_are_left_to_autograd():
     values, weight = torch.randn(1, 2, 8, 8), torch.randn(3, 2, 3, 3, requires_grad=True)
     with LocalBackward():
