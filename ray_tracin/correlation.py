@@ -32,6 +32,10 @@ Box = tuple[tuple[int, int], ...]
 WINDOW_VALUES = {"cpu": 1 << 18, "cuda": 1 << 28}
 """Values of unfolded windows to hold at a time, by device: on a CPU what the cache of one core holds."""
 
+BOXED_DEVICES = ("cpu",)
+"""Devices on which work keeps to the boxes of slices that aren't zero. On a GPU batches beat boxes, which differ from
+slice to slice: to read them back the device stops, and slices one by one keep it waiting for the next."""
+
 LEAST_WINDOWS = 144
 """Windows of a block below which a product of matrices loses speed."""
 

@@ -27,7 +27,7 @@ from ray_tracin.featuring import MAXIMA, POOLED
 from ray_tracin.pictures import MAP_SIZE, DrawSlices, mapped_features, part_path
 from ray_tracin.runs import Run
 from ray_tracin.store import Array
-from ray_tracin.vocabulary import QuerySet
+from ray_tracin.vocabulary import QuerySet, UsageError
 
 Json = dict[str, Any]
 
@@ -46,7 +46,7 @@ def chosen_queries(run: Run, settings: ReportConfig) -> list[Query]:
     """The slices that a report explains, ascending.
 
     Raises:
-        ValueError: a name in ``report.queries`` is none of the run's patients, or not one of their slices.
+        UsageError: a name in ``report.queries`` is none of the run's patients, or not one of their slices.
     """
     sets = {name: list(run.query_slices(name)) for name in run.query_sets}
     usual = sets[run.query_sets[-1]]
@@ -73,7 +73,7 @@ def _named(run: Run, name: str) -> list[int]:
         if len(mine):
             return [int(row) for row in mine["slice"]]
     near = sorted(set(table.loc[table["slice"].isin(queries), "patient"]))
-    raise ValueError(
+    raise UsageError(
         f"report.queries names {name!r}, which is no query of this run: expected `all`, a number, or a list of patient "
         f"or patient:index; there are {len(near)} patients, such as {', '.join(near[:5])}"
     )

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from ray_tracin.arithmetic import shared_threads
-from ray_tracin.correlation import Shape, wide
+from ray_tracin.correlation import WINDOW_VALUES, Shape, wide
 from ray_tracin.layers import Layout, parameter_gradients
 from ray_tracin.passes import Passes
 from ray_tracin.recording import recorded, trace
@@ -350,7 +350,8 @@ def differentiate_bytes(layout: Layout, slices: int, *, threads: int = 1, device
     inside = min(slices, passes * _together(layout, device))
     widest = max((math.prod(s.input_shape) + math.prod(s.output_shape) for s in layout.segments), default=0)
     inputs = sum(math.prod(s.input_shape) for s in layout.segments if s.form == "gradient")
-    return inside * (4 * (layout.values + inputs + 2 * widest) + layout.activation_bytes)
+    unfolded = 0 if device == "cpu" else 4 * WINDOW_VALUES[device]
+    return inside * (4 * (layout.values + inputs + 2 * widest) + layout.activation_bytes) + unfolded
 
 
 def _together(layout: Layout, device: str) -> int:

@@ -193,10 +193,13 @@ def multiply_factors(
 def unit_gradients(
     segment: Segment, inputs: Float[Tensor, "slice *read"], output_gradients: Float[Tensor, "slice *written"]
 ) -> Float[Tensor, "slice column"]:
-    """The gradients of a unit for one class: what `multiply_factors` gives, whole."""
+    """The gradients of a unit for one class: what `multiply_factors` gives, whole.
+
+    Of the boxes of slices that aren't zero where the device is one for that, else of all slices at once.
+    """
     geometry = segment.geometry
     assert geometry is not None, f"{segment.unit} has no geometry"
-    if math.prod(geometry.kernel) == 1:
+    if math.prod(geometry.kernel) == 1 or output_gradients.device.type not in correlation.BOXED_DEVICES:
         chunks = multiply_factors(segment, inputs, output_gradients.unsqueeze(1), columns=segment.columns)
         return torch.cat([chunk() for chunk in chunks], dim=2)[:, 0]
     boxes = nonzero_boxes(output_gradients)

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ray_tracin import correlation
 from ray_tracin.layers import Layout, Segment, unit_gradients
 from ray_tracin.localized import LocalBackward
 from ray_tracin.recording import Call, hooked
@@ -60,8 +61,7 @@ class Passes:
         Raises:
             ValueError: a unit is called more often than on the example.
         """
-        # On a GPU batches beat boxes, which differ from slice to slice and have to be read back from it.
-        local = LocalBackward() if images.device.type == "cpu" else nullcontext()
+        local = LocalBackward() if images.device.type in correlation.BOXED_DEVICES else nullcontext()
         with local, hooked(list(self._units.values()), self._keep_input, self._watch_output):
             logits: Tensor = model(images.clone())
         return logits

@@ -25,7 +25,7 @@ from ray_tracin.mapping import MapRegions, TabulateRegions
 from ray_tracin.pictures import DrawSlices
 from ray_tracin.planning import plan_of
 from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices
-from ray_tracin.report import RenderReport
+from ray_tracin.report import RenderReport, refuse_wrong_queries
 from ray_tracin.runs import Run, open_run
 from ray_tracin.stages import Event, Executor, Listener, Stage, complete, sound_receipts
 from ray_tracin.tiling import ComputeTiles
@@ -88,6 +88,8 @@ def _steps_to(run: Run, step: str, executors: Executors, listen: Listener) -> No
         # Shards may be freed once their tiles are done: only their own command insists on having all of them.
         if name != "gradients" or step == "gradients":
             _STEPS[name](run, executors, listen)
+        if name == "prepare" and step == "report":
+            refuse_wrong_queries(run)  # From now on patients are known; the report itself is hours away.
 
 
 def refuse_another_configuration(run: Run) -> None:

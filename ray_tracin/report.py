@@ -32,7 +32,7 @@ from ray_tracin.dossier import (
 )
 from ray_tracin.runs import Run
 from ray_tracin.stages import Result, Stage
-from ray_tracin.store import Receipt, now
+from ray_tracin.store import IncompleteRunError, Receipt, now
 
 FOLDER = "report"
 PAGE = f"{FOLDER}/index.html"
@@ -73,12 +73,16 @@ class RenderReport(Stage[str]):
 
 
 def refuse_wrong_queries(run: Run) -> None:
-    """Nothing, if a report with the options that the run has now could be rendered in place of its report.
+    """Nothing, if a report with the options that the run has now could be rendered, as far as its slices are cut.
 
     Raises:
-        ValueError: the options name a patient or slice that is no query.
+        UsageError: the options name a patient or slice that is no query.
     """
-    if _other_report(run) is not None:
+    try:
+        known = bool(run.query_sets)
+    except (IncompleteRunError, OSError, ValueError):
+        return  # The slices are yet to be cut, or their table is damaged, and will be made again.
+    if known:
         chosen_queries(run, run.config.report)
 
 

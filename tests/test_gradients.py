@@ -11,7 +11,7 @@ from monai.networks.nets import BasicUNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ray_tracin import gradients
+from ray_tracin import correlation, gradients, regions
 from ray_tracin.gradients import NonFiniteGradientError, RegionDifferentiator, differentiate_bytes
 from ray_tracin.influence import tile_kernel
 from ray_tracin.layers import parameter_gradients
@@ -82,6 +82,34 @@ def test_gradients_equal_the_oracle(name, threads):
     assert (result.exists == masks.flatten(2).any(2)).all()
     assert (result.scores.isnan() == ~result.exists).all()
     engine.check(images[:1], labels[:1], masks[:1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_whole_slices_as_on_a_gpu_equal_the_oracle(name, monkeypatch):
+    monkeypatch.setattr(correlation, "BOXED_DEVICES", ())
+    build, size = CASES[name]
+    model = networks.seeded(build).double()
+    images, labels, masks = networks.batch(size=size)
+    engine = differentiator(model, images.double())
+    got = by_parameter(engine, engine.differentiate(images.double(), labels, masks).values)
+    expected = oracle.gradients(model, list(got), images, labels, masks)
+    rows = [torch.cat([values[name].flatten(2) for name in got], 2) for values in (got, expected)]
+    assert oracle.difference(*rows) < 1e-12
+
+
+def test_a_device_of_its_own_is_asked_for_nothing_during_a_pass(monkeypatch):
+    """The meta device, which has no values to read back: who asks for some fails."""
+    monkeypatch.setitem(correlation.WINDOW_VALUES, "meta", 1 << 20)
+    # These do ask, once a batch.
+    monkeypatch.setattr(regions, "foreground_truth", lambda labels, _: labels.unsqueeze(1) == 1)
+    monkeypatch.setattr(RegionDifferentiator, "_check_finite", lambda *_: None)
+    batch = [tensor.to("meta") for tensor in networks.batch(size=(24, 24))]
+    engine = differentiator(unet(width=8).to("meta"), batch[0])
+    rows = engine.differentiate(*batch).values
+    assert {segment.form for segment in engine.layout.segments} == {"factors", "gradient"}
+    read = lambda segment: rows[:, segment.offset : segment.stop]  # noqa: E731
+    kernel, norm2 = tile_kernel(engine.layout, read, None, chunk_values=10_000)
+    assert (rows.device.type, kernel.device.type, norm2.device.type) == ("meta", "meta", "meta")
 
 
 @pytest.mark.parametrize("name", ["deep", "unet", "in place", "three dimensions"])
@@ -543,7 +571,8 @@ def test_the_estimate_holds_what_is_in_the_network_together(monkeypatch):
     monkeypatch.setattr(gradients, "PASS_BYTES", 2 * layout.activation_bytes)
     assert differentiate_bytes(layout, 10) == two
     assert differentiate_bytes(layout, 10, threads=2) == 4 * one
-    assert differentiate_bytes(layout, 10, threads=2, device="cuda") == ten
+    unfolded = 4 * correlation.WINDOW_VALUES["cuda"]
+    assert differentiate_bytes(layout, 10, threads=2, device="cuda") == ten + unfolded
 
 
 class Watched(nn.Module):

@@ -25,9 +25,10 @@ from ray_tracin.cli import app
 from ray_tracin.phantom import write_patients
 from ray_tracin.pictures import DrawSlices, encode_image, encode_runs
 from ray_tracin.pipeline import STEPS, Executors, run_to
-from ray_tracin.report import RenderReport
+from ray_tracin.report import RenderReport, refuse_wrong_queries
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.stages import complete, execute_serially
+from ray_tracin.vocabulary import UsageError
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -627,6 +628,17 @@ def test_a_train_slice_is_explained_without_itself(own_run: Run, look: Opener) -
 def test_a_name_that_is_no_query_is_refused(tiny_run: Run) -> None:
     with pytest.raises(ValueError, match=r"report\.queries names 'nobody', which is no query of this run"):
         RenderReport(start_run(tiny_run.uri, overrides=["report.queries=[nobody]"])).open()("index")
+
+
+def test_a_wrong_name_costs_no_work_but_that_of_the_slices(patients: Path, tmp_path: Path) -> None:
+    settings = [*TINY, f"data.root={patients}", "report.queries=[nobody]"]
+    run = start_run(tmp_path / "run", preset="demo", overrides=settings)
+    refuse_wrong_queries(run)
+    with pytest.raises(UsageError, match=r"report\.queries names 'nobody'.*there are \d+ patients, such as"):
+        run_to(run, STEPS[-1], Executors(execute_serially, execute_serially), lambda event: None)
+    assert not run.store.receipts("train")
+    with pytest.raises(UsageError, match=r"report\.queries names 'nobody'"):
+        refuse_wrong_queries(run)
 
 
 @pytest.mark.slow
