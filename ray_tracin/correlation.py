@@ -36,6 +36,9 @@ BOXED_DEVICES = ("cpu",)
 """Devices on which work keeps to the boxes of slices that aren't zero. On a GPU batches beat boxes, which differ from
 slice to slice: to read them back the device stops, and slices one by one keep it waiting for the next."""
 
+MIXED_DEVICES = ("cuda",)
+"""Devices that multiply matrices of bfloat16 as they are, into float32, which is exact but for its sums."""
+
 LEAST_WINDOWS = 144
 """Windows of a block below which a product of matrices loses speed."""
 
@@ -135,22 +138,47 @@ def _stops(lines: npt.NDArray[np.bool_]) -> list[int]:
 
 def correlate_boxes(
     geometry: Geometry,
-    shape: Shape,
     points: Float[Tensor, "slice pointed *positions"],
     windows: Float[Tensor, "slice windowed *space"],
     boxes: Sequence[Box | None],
 ) -> Float[Tensor, "slice column"]:
-    """The gradients of a kernel of some shape, flattened, from the boxes of points outside of which nothing adds to it.
+    """The gradients of a kernel, flattened, from the boxes of points outside of which nothing adds to it.
 
     PyTorch's own kernels, a slice at a time: where positions are many they beat unfolding, and need no room for it.
     """
     correlate = _WEIGHT_GRADIENTS[len(geometry.kernel)]
+    shape = points.shape[1], windows.shape[1] // geometry.groups, *geometry.kernel
     rows = points.new_zeros(len(points), *shape)
     for position, box in enumerate(boxes):
         if box is not None:
             asked = cut(points[position : position + 1], box)
             seen = cut(windows[position : position + 1], windows_of(geometry, box))
             rows[position] = correlate(seen, shape, asked, geometry.stride, 0, geometry.dilation, geometry.groups)
+    return rows.flatten(1)
+
+
+def correlate_slices(
+    geometry: Geometry,
+    points: Float[Tensor, "slice pointed *positions"],
+    windows: Float[Tensor, "slice windowed *space"],
+) -> Float[Tensor, "slice column"]:
+    """The gradients of a kernel, flattened, of whole slices, all of them at once.
+
+    Windows are unfolded along all axes but the first, along which the steps of the kernel are views of the same memory:
+    a third of the bytes for a kernel of three.
+    """
+    positions = tuple(points.shape[2:])
+    asked = points.unflatten(1, (geometry.groups, -1)).flatten(3)
+    rows = points.new_empty((*asked.shape[:3], windows.shape[1] // geometry.groups, *geometry.kernel))
+    stride, reach = geometry.stride[0], geometry.stride[0] * (positions[0] - 1) + 1
+    size = windows.shape[1] * math.prod(geometry.kernel[1:]) * math.prod(windows.shape[2:])
+    for start, stop in ranges(len(windows), max(1, WINDOW_VALUES[windows.device.type] // size)):
+        lines = _unfold_lines(geometry, windows[start:stop], positions[1:])
+        for number in range(geometry.kernel[0]):
+            line = geometry.dilation[0] * number
+            seen = lines[:, :, :, :, line : line + reach : stride].flatten(4).flatten(2, 3).flatten(0, 1)
+            place = rows[start:stop, :, :, :, number]
+            place.copy_(torch.bmm(asked[start:stop].flatten(0, 1), seen.mT).view_as(place))
     return rows.flatten(1)
 
 
@@ -202,14 +230,17 @@ def _correlate_block(
     classes, seen_by_kernel = max(pointed, windows.shape[1]), windows.shape[3] * math.prod(geometry.kernel)
     block = points.new_empty((slices, classes, groups, outs, seen_by_kernel), dtype=wide(points.dtype))
     size = windows.shape[1] * groups * seen_by_kernel * math.prod(positions)
+    plain = pointed == classes and groups == 1
+    mixed = plain and points.dtype == torch.bfloat16 and points.device.type in MIXED_DEVICES
     for start, stop in ranges(slices, max(1, WINDOW_VALUES[points.device.type] // size)):
         # Here, and not before, because all slices in float32 could be more than fits.
-        asked, seen = (part[start:stop].to(block.dtype) for part in (points, windows))
+        asked, seen = (part[start:stop].to(points.dtype if mixed else block.dtype) for part in (points, windows))
         unfolded = _unfold(geometry, seen, positions)
         part = block[start:stop]
-        if pointed == classes and groups == 1:
+        if plain:
             # Written where it belongs, because new memory is slow.
-            torch.bmm(asked.flatten(1, 3), unfolded[:, 0, 0].mT, out=part.flatten(1, 3))
+            multiply = partial(torch.bmm, out_dtype=block.dtype) if mixed else torch.bmm
+            multiply(asked.flatten(1, 3), unfolded[:, 0, 0].mT, out=part.flatten(1, 3))
         elif pointed == classes:
             part.copy_(torch.einsum("scgol,sgil->scgoi", asked, unfolded[:, 0]))
         else:
@@ -217,11 +248,25 @@ def _correlate_block(
     return block.flatten(2)
 
 
+def _unfold_lines(
+    geometry: Geometry, values: Float[Tensor, "slice windowed *space"], positions: Shape
+) -> Float[Tensor, "slice group in kernel line *positions"]:
+    """What each point of a kernel sees at each position, of all axes but the first, whose lines stay as they are."""
+    padded = _padded(geometry, values.unflatten(1, (geometry.groups, -1)))
+    outer, line, inner = padded.stride()[:3], padded.stride()[3], padded.stride()[4:]
+    view = padded.as_strided(
+        (*padded.shape[:3], *geometry.kernel[1:], padded.shape[3], *positions),
+        (*outer, *_scaled(inner, geometry.dilation[1:]), line, *_scaled(inner, geometry.stride[1:])),
+        padded.storage_offset(),
+    )
+    return view.contiguous().view(*padded.shape[:3], -1, padded.shape[3], *positions)
+
+
 def _unfold(
     geometry: Geometry, values: Float[Tensor, "slice windowed group in *space"], positions: Shape
 ) -> Float[Tensor, "slice windowed group in_kernel position"]:
     """What each point of a kernel sees at each position."""
-    padded = F.pad(values, [width for pair in reversed(geometry.padding) for width in pair])
+    padded = _padded(geometry, values)
     outer, inner = padded.stride()[:4], padded.stride()[4:]
     # Kernel and positions index the same axes: one strided view instead of an index a window.
     view = padded.as_strided(
@@ -230,6 +275,10 @@ def _unfold(
         padded.storage_offset(),
     )
     return view.reshape(*padded.shape[:3], -1, math.prod(positions))
+
+
+def _padded(geometry: Geometry, values: Tensor) -> Tensor:
+    return F.pad(values, [width for pair in reversed(geometry.padding) for width in pair])
 
 
 def _scaled(strides: Shape, steps: Shape) -> Shape:

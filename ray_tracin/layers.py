@@ -24,7 +24,17 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from ray_tracin import correlation
-from ray_tracin.correlation import Chunk, Geometry, Shape, correlate, correlate_boxes, nonzero_boxes, points_of, wide
+from ray_tracin.correlation import (
+    Chunk,
+    Geometry,
+    Shape,
+    correlate,
+    correlate_boxes,
+    correlate_slices,
+    nonzero_boxes,
+    points_of,
+    wide,
+)
 from ray_tracin.vocabulary import ranges
 
 Kind = Literal["convolution", "transposed convolution", "linear", "affine", "other"]
@@ -199,23 +209,34 @@ def unit_gradients(
     """
     geometry = segment.geometry
     assert geometry is not None, f"{segment.unit} has no geometry"
-    if math.prod(geometry.kernel) == 1 or output_gradients.device.type not in correlation.BOXED_DEVICES:
+    if math.prod(geometry.kernel) == 1:
         chunks = multiply_factors(segment, inputs, output_gradients.unsqueeze(1), columns=segment.columns)
         return torch.cat([chunk() for chunk in chunks], dim=2)[:, 0]
-    boxes = nonzero_boxes(output_gradients)
-    points, windows = output_gradients, inputs
-    if segment.kind == "transposed convolution":
-        points, windows = inputs, output_gradients
-        boxes = [box and points_of(geometry, box, points.shape[2:]) for box in boxes]
     return torch.cat(
         [
             output_gradients.flatten(2).sum(2)
             if name.endswith("bias")
-            else correlate_boxes(geometry, shape, points, windows, boxes)
-            for name, shape in zip(segment.parameters, segment.shapes, strict=True)
+            else _weight_gradients(geometry, segment.kind, inputs, output_gradients)
+            for name in segment.parameters
         ],
         dim=1,
     )
+
+
+def _weight_gradients(
+    geometry: Geometry,
+    kind: Kind,
+    inputs: Float[Tensor, "slice *read"],
+    output_gradients: Float[Tensor, "slice *written"],
+) -> Float[Tensor, "slice column"]:
+    transposed = kind == "transposed convolution"
+    points, windows = (inputs, output_gradients) if transposed else (output_gradients, inputs)
+    if output_gradients.device.type not in correlation.BOXED_DEVICES:
+        return correlate_slices(geometry, points, windows)
+    boxes = nonzero_boxes(output_gradients)
+    if transposed:
+        boxes = [box and points_of(geometry, box, points.shape[2:]) for box in boxes]
+    return correlate_boxes(geometry, points, windows, boxes)
 
 
 def _parts(whole: Float[Tensor, "slice class column"], columns: int) -> list[Chunk]:

@@ -48,8 +48,10 @@ def test_rows_made_in_processes_give_the_same_kernel_and_their_memory_is_counted
         kernel, peak = engine.in_processes(problems[0], batch=2)
         assert peak > 0
         expected = engine.in_float64(problems[0])
-        for found in (kernel, engine.on_one_thread(problems[0])):
-            assert (found - expected).norm() < 1e-5 * expected.norm()
+        assert (engine.on_one_thread(problems[0]) - expected).norm() < 1e-5 * expected.norm()
+        # Of rows rounded to float16.
+        assert (kernel - expected).norm() < 3e-5 * expected.norm()
+        assert (kernel - engine.engine(problems[0], 2, "float16")).norm() < 3e-6 * expected.norm()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)

@@ -108,8 +108,12 @@ def test_a_device_of_its_own_is_asked_for_nothing_during_a_pass(monkeypatch):
     rows = engine.differentiate(*batch).values
     assert {segment.form for segment in engine.layout.segments} == {"factors", "gradient"}
     read = lambda segment: rows[:, segment.offset : segment.stop]  # noqa: E731
-    kernel, norm2 = tile_kernel(engine.layout, read, None, chunk_values=10_000)
-    assert (rows.device.type, kernel.device.type, norm2.device.type) == ("meta", "meta", "meta")
+    rounded = lambda segment: read(segment).bfloat16()  # noqa: E731
+    monkeypatch.setattr(correlation, "MIXED_DEVICES", ("meta",))
+    for reader in (read, rounded):
+        kernel, norm2 = tile_kernel(engine.layout, reader, None, chunk_values=10_000)
+        assert (kernel.dtype, norm2.dtype) == (torch.float32, torch.float32)
+        assert (rows.device.type, kernel.device.type, norm2.device.type) == ("meta", "meta", "meta")
 
 
 @pytest.mark.parametrize("name", ["deep", "unet", "in place", "three dimensions"])
