@@ -11,7 +11,8 @@ pool of workers does, in a process a thread. How far float32 alone may take a ke
 forward, one thread``: another number of threads rounds otherwise, which decides ReLUs and maxima that are all but tied.
 
 Operations are counted as if nothing were zero: a forward a slice, a backward of activations and the products of the
-weights a region, half of the symmetric kernel. The ceiling is PyTorch's float32 matrix product in the same run; a share
+weights a region, half of the symmetric kernel. The ceiling is PyTorch's float32 matrix product in the same run (`@`;
+that of oneDNN, which the engine takes where it is faster, stands beside it); a share
 of more than 1 is possible where zeros are left out.
 """
 
@@ -36,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ray_tracin.arithmetic import arithmetic, multiply, return_freed_memory
+from ray_tracin.arithmetic import arithmetic, has_onednn, inner_products, multiply, return_freed_memory
 from ray_tracin.config import ModelConfig
 from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.influence import EXPANDED_VALUES, tile_kernel
@@ -263,6 +264,14 @@ def run_method(options: argparse.Namespace) -> None:
 
 def matmul_rate(device: torch.device, precision: Precision = "float32") -> float:
     """Operations a second of PyTorch's product of square matrices, of operands of a precision; the best of five."""
+    return _rate(device, precision, partial(multiply, precision=precision) if precision == "bfloat16" else _at)
+
+
+def _at(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right.mT
+
+
+def _rate(device: torch.device, precision: Precision, product: Callable[[Tensor, Tensor], Tensor]) -> float:
     side = CEILING_ROWS[device.type]
     matrix = torch.randn(side, side, device=device)
     if precision == "bfloat16":
@@ -271,7 +280,7 @@ def matmul_rate(device: torch.device, precision: Precision = "float32") -> float
     with arithmetic(precision):
         for _ in range(5):
             started = time.perf_counter()
-            float(multiply(matrix, matrix, precision)[0, 0])
+            float(product(matrix, matrix)[0, 0])
             spent.append(time.perf_counter() - started)
     return 2 * side**3 / min(spent)
 
@@ -307,10 +316,14 @@ def compare(options: argparse.Namespace) -> str:
     flops, columns = operations(options)
     dense = options.slices * CLASSES * columns * 4
     ceiling = statistics.median(figure["ceiling"] for measured in figures.values() for figure in measured)
+    onednn = ""
+    if options.device == "cpu" and has_onednn():
+        torch.set_num_threads(options.threads)
+        onednn = f", oneDNN's {_rate(torch.device('cpu'), 'float32', inner_products) / 1e9:,.0f}"
     lines = [
         f"{options.slices} slices × {CLASSES} classes, UNet of width {options.width} at {options.size}² "
         f"({columns:,} parameters), batches of {options.batch}, {machine(options)}, median of {options.rounds}. "
-        f"{flops / 1e12:.2f} TFLOP; float32 matrix product {ceiling / 1e9:,.0f} GFLOP/s; dense rows "
+        f"{flops / 1e12:.2f} TFLOP; float32 matrix product {ceiling / 1e9:,.0f} GFLOP/s{onednn}; dense rows "
         f"{dense / 2**20:,.0f} MiB.",
         "",
         "| method | seconds | GFLOP/s | of the product's rate | naive ÷ it | shared forward ÷ it | peak memory, MiB | "

@@ -10,6 +10,8 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -94,4 +96,29 @@ def multiply(
             return torch.mm(left, right.mT, out_dtype=torch.float32)
         # A CPU's product of bfloat16 would be rounded to bfloat16.
         left, right = left.float(), right.float()
+    return inner_products(left, right)
+
+
+def inner_products(
+    left: Float[Tensor, "row column"], right: Float[Tensor, "other column"]
+) -> Float[Tensor, "row other"]:
+    """``left @ right.mT`` of matrices without gradients, by the library whose kernels are the faster ones here."""
+    if left.device.type == "cpu" and left.dtype == torch.float32 and left.numel() and right.numel() and has_onednn():
+        # Its products with a part of longer rows take a thousand times as long.
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.contiguous(), None, "none", [], "")
+        return product
     return left @ right.mT
+
+
+@cache
+def has_onednn() -> bool:
+    """Whether oneDNN multiplies float32 faster than PyTorch's `@`, which is MKL's.
+
+    It does on AMD's CPUs with AVX-512, twice as fast: MKL keeps to AVX2 there.
+    """
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not there or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    with suppress(OSError):
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    return False

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from ray_tracin import arithmetic
 from ray_tracin.vocabulary import ranges
 
 Shape = tuple[int, ...]
@@ -237,7 +238,12 @@ def _correlate_block(
         asked, seen = (part[start:stop].to(points.dtype if mixed else block.dtype) for part in (points, windows))
         unfolded = _unfold(geometry, seen, positions)
         part = block[start:stop]
-        if plain:
+        if groups == 1 and points.device.type == "cpu" and arithmetic.has_onednn():
+            places = part.view(len(part), pointed, -1, outs, seen_by_kernel)
+            for place, left, right in zip(places, asked, unfolded, strict=True):
+                product = arithmetic.inner_products(left.flatten(0, 2), right.flatten(0, 2))
+                place.copy_(product.view(pointed, outs, -1, seen_by_kernel).transpose(1, 2))
+        elif plain:
             # Written where it belongs, because new memory is slow.
             multiply = partial(torch.bmm, out_dtype=block.dtype) if mixed else torch.bmm
             multiply(asked.flatten(1, 3), unfolded[:, 0, 0].mT, out=part.flatten(1, 3))

@@ -8,10 +8,11 @@ goes into the packed row at once.
 It doesn't know checkpoints, files or what gradients are multiplied with.
 """
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from ray_tracin.arithmetic import shared_threads
-from ray_tracin.correlation import WINDOW_VALUES, Shape, wide
+from ray_tracin.correlation import WINDOW_VALUES, Shape
 from ray_tracin.layers import Layout, parameter_gradients
 from ray_tracin.passes import Passes
 from ray_tracin.recording import recorded, trace
@@ -40,8 +41,6 @@ from ray_tracin.vocabulary import Precision, ranges
 
 TOLERANCE = 1e-3
 """Relative difference from autograd above which a parameter counts as not covered; rounding is far below."""
-HALF_TOLERANCE = 1 / 16
-"""The same for networks whose parameters are float16 or bfloat16."""
 SMALLEST = 1e-2
 """Share of a region's gradient norm below which a parameter's counts as this: those whose true gradient is 0 (a bias
 before an instance normalisation) hold nothing but rounding."""
@@ -175,16 +174,16 @@ class RegionDifferentiator:
             ValueError: the slices aren't as large as the example, a label is no class, the masks don't fit, or the
                 network calls other modules for these slices than for the example, or checkpoints activations.
         """
-        return self._differentiated(SHARES, images, labels, masks)
+        return self._differentiated(SHARES, self._precision, images, labels, masks)
 
-    def _differentiated(self, shares: int, *batch: Tensor) -> RegionGradients:
+    def _differentiated(self, shares: int, precision: Precision, *batch: Tensor) -> RegionGradients:
         with recorded():
             values = self._like.new_empty((len(batch[0]), self.layout.values))
 
         def receive(start: int, rows: Tensor) -> None:
             values[start : start + len(rows)] = rows
 
-        return RegionGradients(values, self._streamed(shares, receive, *batch))
+        return RegionGradients(values, self._streamed(shares, precision, receive, *batch))
 
     def stream(
         self,
@@ -197,10 +196,10 @@ class RegionDifferentiator:
 
         Returns the scores.
         """
-        return self._streamed(SHARES, receive, images, labels, masks)
+        return self._streamed(SHARES, self._precision, receive, images, labels, masks)
 
     def _streamed(
-        self, shares: int, receive: Receive, images: Tensor, labels: Tensor, masks: Tensor
+        self, shares: int, precision: Precision, receive: Receive, images: Tensor, labels: Tensor, masks: Tensor
     ) -> Float[Tensor, "slice class"]:
         if images.shape[1:] != self._image_shape or not len(images):
             raise ValueError(
@@ -208,7 +207,7 @@ class RegionDifferentiator:
                 f"differentiator was made for, at least one, got images of shape {tuple(images.shape)}: make a "
                 "differentiator for this size"
             )
-        with recorded(self._precision):
+        with recorded(precision):
             return self._in_shares(
                 shares,
                 receive,
@@ -285,31 +284,47 @@ class RegionDifferentiator:
 
         Whole slices stand in for regions that don't exist, and a made-up slice rides along, in the same share of the
         batch, so that an operation that mixes the slices of a batch shows. One slice proves the coverage; it costs a
-        few passes of the network.
+        few passes of the network, in float32 products whatever the precision. Where they differ, float64 decides, as
+        far as the network runs in it: rounding alone can turn a ReLU that is all but tied.
 
         Raises:
             ValueError: a parameter's gradients differ; the message names all of them and says what to do.
         """
         empty = (region_pixels(masks) == 0).view(*masks.shape[:2], *(1,) * (masks.dim() - 2))
-        masks = masks | empty
+        differing = self._differing(images, labels, masks | empty)
+        if differing and self._like.dtype != torch.float64:
+            # A network that insists on its precision fails with PyTorch's own error.
+            with suppress(RuntimeError):
+                differing = self._in_float64()._differing(images.double(), labels, masks | empty)
+        if differing:
+            raise ValueError(
+                f"the gradients of these parameters differ from autograd's: {', '.join(differing)}. A parameter is "
+                "covered where only its own module uses it, on one slice at a time; these are used elsewhere too, or "
+                "their slices are mixed, or torch.utils.checkpoint runs them again (switch it off). Exclude them by "
+                "gradients.parameters, freeze them (requires_grad_(False)), or call the module that owns them"
+            )
+
+    def _differing(self, images: Tensor, labels: Tensor, masks: Tensor) -> list[str]:
+        """The parameters whose gradients differ from autograd's, and by how much."""
         stranger = _mirrored(images[:1])
         batch = zip((images, labels, masks), (stranger, labels[:1], masks[:1]), strict=True)
-        rows = self._differentiated(1, *(torch.cat(pair) for pair in batch)).values
+        rows = self._differentiated(1, "float32", *(torch.cat(pair) for pair in batch)).values
         worst = dict.fromkeys(self._parameters, 0.0)
         for position in range(len(images)):
             one = slice(position, position + 1)
             plain = self._plain_gradients(images[one], labels[one], masks[one])
             for name, ratio in self._differences(rows[one], plain).items():
                 worst[name] = max(worst[name], ratio)
-        tolerance = TOLERANCE if self._like.dtype == wide(self._like.dtype) else HALF_TOLERANCE
-        differing = [f"{name} (by {ratio:.1%})" for name, ratio in worst.items() if ratio > tolerance]
-        if differing:
-            raise ValueError(
-                f"the gradients of these parameters differ from autograd's: {', '.join(differing)}. A parameter is "
-                "covered where only its own module uses it, on one slice at a time; these are used elsewhere "
-                "too, or their slices are mixed, or torch.utils.checkpoint runs them again (switch it off). Exclude "
-                "them by gradients.parameters, freeze them (requires_grad_(False)), or call the module that owns them"
-            )
+        return [f"{name} (by {ratio:.1%})" for name, ratio in worst.items() if ratio > TOLERANCE]
+
+    def _in_float64(self) -> "RegionDifferentiator":
+        """The same of the network as it was given, but in float64."""
+        with recorded():
+            model = copy.deepcopy(self._as_given()).double()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self._parameters)
+        example = self._like.new_zeros(self._image_shape, dtype=torch.float64)
+        return RegionDifferentiator(model, head="", example=example, classes=self.layout.classes)
 
     def _plain_gradients(self, image: Tensor, labels: Tensor, masks: Tensor) -> Float[Tensor, "class column"]:
         with recorded(), trainable(self._parameters.values()):

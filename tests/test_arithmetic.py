@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_tracin.arithmetic import arithmetic, multiply, return_freed_memory, shared_threads
+from ray_tracin.arithmetic import arithmetic, has_onednn, inner_products, multiply, return_freed_memory, shared_threads
 
 ROWS = [(1, 1, 1), (7, 5, 33), (96, 130, 257)]
 
@@ -39,6 +39,26 @@ def test_bfloat16_rounds_operands_and_nothing_else(shape):
 def test_float64_stays():
     left, right = matrices(3, 4, 5, torch.float64)
     assert torch.equal(multiply(left, right, "bfloat16"), left @ right.T)
+
+
+@pytest.mark.parametrize("library", ["MKL", "oneDNN"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [*ROWS, (0, 3, 5), (3, 0, 5), (3, 5, 0)])
+def test_inner_products_of_any_library_are_those_of_float64(shape, dtype, library, monkeypatch):
+    monkeypatch.setattr("ray_tracin.arithmetic.has_onednn", lambda: library == "oneDNN")
+    left, right = matrices(*shape, dtype)
+    expected = left.double() @ right.double().T
+    # Parts of longer rows, and rows that are columns elsewhere.
+    wider = torch.cat([right, right], 1)[:, : shape[2]]
+    for first, second in ((left, right), (left, wider), (left.T.contiguous().T, right.T.contiguous().T)):
+        got = inner_products(first, second)
+        assert (got.dtype, got.shape) == (dtype, expected.shape)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_library_is_chosen_by_the_machine():
+    there = Path("/proc/cpuinfo").exists() and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    assert has_onednn() == (there and torch.backends.cpu.get_cpu_capability() == "AVX512")
 
 
 @pytest.mark.parametrize(("threads", "parts", "each"), [(4, 2, 2), (3, 2, 1), (2, 1, 2)])

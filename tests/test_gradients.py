@@ -15,6 +15,7 @@ from ray_tracin import correlation, gradients, regions
 from ray_tracin.gradients import NonFiniteGradientError, RegionDifferentiator, differentiate_bytes
 from ray_tracin.influence import tile_kernel
 from ray_tracin.layers import parameter_gradients
+from ray_tracin.recording import recorded
 from ray_tracin.regions import whole_slices
 from ray_tracin.unet import UNet
 from ray_tracin.units import selected_parameters
@@ -357,6 +358,40 @@ def test_a_network_that_mixes_slices_is_found_by_the_check(build, threads):
     engine = differentiator(networks.seeded(build), images)
     with pytest.raises(ValueError, match=r"differ from autograd's: layer\.weight .* or their slices are mixed"):
         engine.check(images[:1], labels[:1], masks[:1])
+
+
+class Insisting(nn.Module):
+    """Computes in float32 whatever it is converted to."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.layer(x.float())))
+
+
+def test_what_differs_by_rounding_alone_passes_the_check(monkeypatch):
+    monkeypatch.setattr(gradients, "TOLERANCE", 1e-12)
+    images, labels, masks = networks.batch()
+    engine = differentiator(networks.seeded(unet), images)
+    before = [parameter.clone() for parameter in engine._parameters.values()]
+    engine.check(images, labels, masks)
+    assert [*map(torch.equal, before, engine._parameters.values())] == [True] * len(before)
+    with pytest.raises(ValueError, match="differ from autograd's: "):
+        differentiator(networks.seeded(Insisting), images).check(images, labels, masks)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_the_check_is_made_in_float32_whatever_the_precision(precision, monkeypatch):
+    used = []
+    monkeypatch.setattr(gradients, "recorded", lambda name="float32": used.append(name) or recorded(name))
+    images, labels, masks = networks.batch()
+    engine = RegionDifferentiator(unet(), head="head", example=images[0], classes=2, precision=precision)
+    engine.check(images, labels, masks)
+    assert set(used) == {"float32"}
+    engine.differentiate(images, labels, masks)
+    assert set(used) == {"float32", precision}
 
 
 def test_batch_statistics_in_eval_mode_are_refused():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.networks.nets import BasicUNet
 
-from ray_tracin import influence
+from ray_tracin import arithmetic, influence
 from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.influence import (
     rank_influence,
@@ -20,6 +20,13 @@ from ray_tracin.influence import (
 )
 
 BUILD, SIZE = networks.NETWORKS["deep"]
+
+
+@pytest.fixture(autouse=True, params=["MKL", "oneDNN"])
+def library(request, monkeypatch):
+    """Which library multiplies."""
+    monkeypatch.setattr(arithmetic, "has_onednn", lambda: request.param == "oneDNN")
+    return request.param
 
 
 @pytest.fixture(scope="module")
