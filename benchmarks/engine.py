@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ray_tracin.arithmetic import arithmetic, has_onednn, inner_products, multiply, return_freed_memory
+from ray_tracin.arithmetic import arithmetic, inner_products, multiply, prefers_onednn, return_freed_memory
 from ray_tracin.config import ModelConfig
 from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.influence import EXPANDED_VALUES, tile_kernel
@@ -317,7 +317,7 @@ def compare(options: argparse.Namespace) -> str:
     dense = options.slices * CLASSES * columns * 4
     ceiling = statistics.median(figure["ceiling"] for measured in figures.values() for figure in measured)
     onednn = ""
-    if options.device == "cpu" and has_onednn():
+    if options.device == "cpu" and prefers_onednn():
         torch.set_num_threads(options.threads)
         onednn = f", oneDNN's {_rate(torch.device('cpu'), 'float32', inner_products) / 1e9:,.0f}"
     lines = [

@@ -103,7 +103,8 @@ def inner_products(
     left: Float[Tensor, "row column"], right: Float[Tensor, "other column"]
 ) -> Float[Tensor, "row other"]:
     """``left @ right.mT`` of matrices without gradients, by the library whose kernels are the faster ones here."""
-    if left.device.type == "cpu" and left.dtype == torch.float32 and left.numel() and right.numel() and has_onednn():
+    empty = 0 in (*left.shape, *right.shape)
+    if left.device.type == "cpu" and left.dtype == torch.float32 and not empty and prefers_onednn():
         # Its products with a part of longer rows take a thousand times as long.
         product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.contiguous(), None, "none", [], "")
         return product
@@ -111,7 +112,7 @@ def inner_products(
 
 
 @cache
-def has_onednn() -> bool:
+def prefers_onednn() -> bool:
     """Whether oneDNN multiplies float32 faster than PyTorch's `@`, which is MKL's.
 
     It does on AMD's CPUs with AVX-512, twice as fast: MKL keeps to AVX2 there.

@@ -238,7 +238,7 @@ def _correlate_block(
         asked, seen = (part[start:stop].to(points.dtype if mixed else block.dtype) for part in (points, windows))
         unfolded = _unfold(geometry, seen, positions)
         part = block[start:stop]
-        if groups == 1 and points.device.type == "cpu" and arithmetic.has_onednn():
+        if groups == 1 and points.device.type == "cpu" and arithmetic.prefers_onednn():
             places = part.view(len(part), pointed, -1, outs, seen_by_kernel)
             for place, left, right in zip(places, asked, unfolded, strict=True):
                 product = arithmetic.inner_products(left.flatten(0, 2), right.flatten(0, 2))

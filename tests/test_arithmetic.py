@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_tracin.arithmetic import arithmetic, has_onednn, inner_products, multiply, return_freed_memory, shared_threads
+from ray_tracin.arithmetic import (
+    arithmetic,
+    inner_products,
+    multiply,
+    prefers_onednn,
+    return_freed_memory,
+    shared_threads,
+)
 
 ROWS = [(1, 1, 1), (7, 5, 33), (96, 130, 257)]
 
@@ -45,7 +52,7 @@ def test_float64_stays():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [*ROWS, (0, 3, 5), (3, 0, 5), (3, 5, 0)])
 def test_inner_products_of_any_library_are_those_of_float64(shape, dtype, library, monkeypatch):
-    monkeypatch.setattr("ray_tracin.arithmetic.has_onednn", lambda: library == "oneDNN")
+    monkeypatch.setattr("ray_tracin.arithmetic.prefers_onednn", lambda: library == "oneDNN")
     left, right = matrices(*shape, dtype)
     expected = left.double() @ right.double().T
     # Parts of longer rows, and rows that are columns elsewhere.
@@ -58,7 +65,7 @@ def test_inner_products_of_any_library_are_those_of_float64(shape, dtype, librar
 
 def test_a_library_is_chosen_by_the_machine():
     there = Path("/proc/cpuinfo").exists() and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    assert has_onednn() == (there and torch.backends.cpu.get_cpu_capability() == "AVX512")
+    assert prefers_onednn() == (there and torch.backends.cpu.get_cpu_capability() == "AVX512")
 
 
 @pytest.mark.parametrize(("threads", "parts", "each"), [(4, 2, 2), (3, 2, 1), (2, 1, 2)])

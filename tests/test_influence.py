@@ -25,7 +25,7 @@ BUILD, SIZE = networks.NETWORKS["deep"]
 @pytest.fixture(autouse=True, params=["MKL", "oneDNN"])
 def library(request, monkeypatch):
     """Which library multiplies."""
-    monkeypatch.setattr(arithmetic, "has_onednn", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(arithmetic, "prefers_onednn", lambda: request.param == "oneDNN")
     return request.param
 
 
