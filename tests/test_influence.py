@@ -3,6 +3,7 @@ import math
 import networks
 import oracle
 import pytest
+import test_arithmetic
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,11 +23,10 @@ from ray_tracin.influence import (
 BUILD, SIZE = networks.NETWORKS["deep"]
 
 
-@pytest.fixture(autouse=True, params=["MKL", "oneDNN"])
+@pytest.fixture(autouse=True, params=test_arithmetic.LIBRARIES)
 def library(request, monkeypatch):
     """Which library multiplies."""
     monkeypatch.setattr(arithmetic, "prefers_onednn", lambda: request.param == "oneDNN")
-    return request.param
 
 
 @pytest.fixture(scope="module")
