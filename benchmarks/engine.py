@@ -11,9 +11,9 @@ pool of workers does, in a process a thread. How far float32 alone may take a ke
 forward, one thread``: another number of threads rounds otherwise, which decides ReLUs and maxima that are all but tied.
 
 Operations are counted as if nothing were zero: a forward a slice, a backward of activations and the products of the
-weights a region, half of the symmetric kernel. The ceiling is PyTorch's float32 matrix product in the same run (`@`;
-that of oneDNN, which the engine takes where it is faster, stands beside it); a share
-of more than 1 is possible where zeros are left out.
+weights a region, half of the symmetric kernel. The ceiling is PyTorch's float32 matrix product (`@`) in the same run; a
+share of more than 1 is possible where zeros are left out, or where the engine takes oneDNN's product, whose rate then
+stands beside it.
 """
 
 import argparse
