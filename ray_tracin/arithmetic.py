@@ -115,7 +115,7 @@ def inner_products(
 def prefers_onednn() -> bool:
     """Whether oneDNN multiplies float32 faster than PyTorch's `@`, which is MKL's.
 
-    MKL keeps to AVX2 on AMD's CPUs; on those of Zen 5 AVX-512 is twice as fast.
+    On AMD's Zen 5 it is twice as fast: MKL is no faster there than AVX2 would be, oneDNN uses AVX-512.
     """
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if not there or torch.backends.cpu.get_cpu_capability() != "AVX512":

@@ -11,7 +11,7 @@ It doesn't know modules, parameters or rows.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -168,16 +168,19 @@ def correlate_slices(
     Windows are unfolded along all axes but the first, along which the steps of the kernel are views of the same memory:
     a third of the bytes for a kernel of three.
     """
-    positions = tuple(points.shape[2:])
     asked = points.unflatten(1, (geometry.groups, -1)).flatten(3)
-    rows = points.new_empty((*asked.shape[:3], windows.shape[1] // geometry.groups, *geometry.kernel))
-    stride, reach = geometry.stride[0], geometry.stride[0] * (positions[0] - 1) + 1
+    channels = windows.unsqueeze(1).unflatten(2, (geometry.groups, -1))
+    rows = points.new_empty((*asked.shape[:3], channels.shape[3], *geometry.kernel))
+    # As if the kernel had one step along the first axis, and stood on every line of it.
+    flat = replace(geometry, kernel=(1, *geometry.kernel[1:]), stride=(1, *geometry.stride[1:]))
+    height = windows.shape[2] + sum(geometry.padding[0])
+    stride, reach = geometry.stride[0], geometry.stride[0] * (points.shape[2] - 1) + 1
     size = windows.shape[1] * math.prod(geometry.kernel[1:]) * math.prod(windows.shape[2:])
     for start, stop in ranges(len(windows), max(1, WINDOW_VALUES[windows.device.type] // size)):
-        lines = _unfold_lines(geometry, windows[start:stop], positions[1:])
+        lines = _unfold(flat, channels[start:stop], (height, *points.shape[3:])).unflatten(4, (height, -1))
         for number in range(geometry.kernel[0]):
             line = geometry.dilation[0] * number
-            seen = lines[:, :, :, :, line : line + reach : stride].flatten(4).flatten(2, 3).flatten(0, 1)
+            seen = lines[:, 0, :, :, line : line + reach : stride].flatten(3).flatten(0, 1)
             place = rows[start:stop, :, :, :, number]
             place.copy_(torch.bmm(asked[start:stop].flatten(0, 1), seen.mT).view_as(place))
     return rows.flatten(1)
@@ -254,25 +257,11 @@ def _correlate_block(
     return block.flatten(2)
 
 
-def _unfold_lines(
-    geometry: Geometry, values: Float[Tensor, "slice windowed *space"], positions: Shape
-) -> Float[Tensor, "slice group in kernel line *positions"]:
-    """What each point of a kernel sees at each position, of all axes but the first, whose lines stay as they are."""
-    padded = _padded(geometry, values.unflatten(1, (geometry.groups, -1)))
-    outer, line, inner = padded.stride()[:3], padded.stride()[3], padded.stride()[4:]
-    view = padded.as_strided(
-        (*padded.shape[:3], *geometry.kernel[1:], padded.shape[3], *positions),
-        (*outer, *_scaled(inner, geometry.dilation[1:]), line, *_scaled(inner, geometry.stride[1:])),
-        padded.storage_offset(),
-    )
-    return view.contiguous().view(*padded.shape[:3], -1, padded.shape[3], *positions)
-
-
 def _unfold(
     geometry: Geometry, values: Float[Tensor, "slice windowed group in *space"], positions: Shape
 ) -> Float[Tensor, "slice windowed group in_kernel position"]:
     """What each point of a kernel sees at each position."""
-    padded = _padded(geometry, values)
+    padded = F.pad(values, [width for pair in reversed(geometry.padding) for width in pair])
     outer, inner = padded.stride()[:4], padded.stride()[4:]
     # Kernel and positions index the same axes: one strided view instead of an index a window.
     view = padded.as_strided(
@@ -281,10 +270,6 @@ def _unfold(
         padded.storage_offset(),
     )
     return view.reshape(*padded.shape[:3], -1, math.prod(positions))
-
-
-def _padded(geometry: Geometry, values: Tensor) -> Tensor:
-    return F.pad(values, [width for pair in reversed(geometry.padding) for width in pair])
 
 
 def _scaled(strides: Shape, steps: Shape) -> Shape:

@@ -132,6 +132,7 @@ class _Lane:
         self.norm2 += torch.linalg.vecdot(left, left)
 
     def _add_upper(self, rows: Float[Tensor, "row column"]) -> None:
+        # Once, and not for every panel, as a product of parts of longer rows would do.
         rows = rows.contiguous()
         # And some below the diagonal: the kernel is symmetric.
         for start, stop in ranges(len(rows), max(SMALLEST_PANEL, -(-len(rows) // PANELS))):

@@ -71,7 +71,7 @@ IDEAL_SECONDS = 15.0
 """What the 150 keys take two workers that never wait."""
 
 FILLING_SECONDS = 60.0
-"""More than a worker takes to fill memory: 2 to 20 s were seen, by how fast the machine hands out pages."""
+"""More than a worker takes to fill memory, by how fast the machine hands out pages; the lease is as long."""
 
 
 def assert_cheap(trouble: str, found: dict[str, Any], longest: float) -> None:
