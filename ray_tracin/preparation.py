@@ -89,21 +89,26 @@ class Index(Stage[str]):
     def _index(self) -> Result:
         config, store = self.run.config, self.run.store
         inspections, skipped = usable_cases(self.run)
+        reasons = "".join(f"\n  {row['case']}: {row['reason']}" for row in skipped)
         if not inspections:
-            reasons = "\n  ".join(f"{row['case']}: {row['reason']}" for row in skipped)
-            raise ValueError(f"none of the {len(skipped)} cases in {config.data.root} can be used:\n  {reasons}")
+            raise ValueError(f"none of the {len(skipped)} cases in {config.data.root} can be used:{reasons}")
+        # Whatever is missing may be in what was left out.
+        left_out = f"; {len(skipped)} cases were left out:{reasons}" if skipped else ""
         labelled = sorted({found.case.patient for found in inspections if found.case.label is not None})
         if not labelled:
             raise ValueError(
                 f"no case in {config.data.root} has a segmentation: training and influence need ground truth "
-                "(BraTS: a file ending in seg.nii.gz in each folder; CSV: a `label` column)"
+                f"(BraTS: a file ending in seg.nii.gz in each folder; CSV: a `label` column){left_out}"
             )
         values = {value for found in inspections for value in found.label_values}
         try:
             scheme = decide_label_scheme(values, config.data, decide_dialect(found.case for found in inspections))
         except ValueError as error:
             raise ValueError(f"{error}\n  {_holders(inspections)}") from None
-        splits = split_patients(labelled, config.split, config.seed)
+        try:
+            splits = split_patients(labelled, config.split, config.seed)
+        except ValueError as error:
+            raise ValueError(f"{error}{left_out}") from None
         store.write_table(paths.SKIPPED, pd.DataFrame(skipped, columns=["case", "path", "reason"]).astype(str))
         self._create_arrays(sum(len(found.indices) for found in inspections), scheme)
         return {"cases": _numbered(inspections, splits), "scheme": [scheme.name, list(scheme.classes.items())]}

@@ -161,6 +161,22 @@ class TestBadData:
         assert strict.exit_code == 1
         assert names[0] in strict.stderr
 
+    def test_what_was_left_out_is_told_where_too_few_patients_are_left(
+        self, own_patients: Path, tmp_path: Path
+    ) -> None:
+        names = sorted(path.name for path in (own_patients / "HGG").iterdir())
+        for number in range(len(names) - 1):
+            case_files(own_patients, number)["t2"].unlink()
+        done = prepare(own_patients, tmp_path / "run")
+        assert done.exit_code == 1
+        assert re.search(r"expected at least 2 patients .* found 1: .*; 5 cases were left out", done.stderr)
+        for name in names[:-1]:
+            assert f"{name}: expected *_t2" in done.stderr
+        case_files(own_patients, len(names) - 1)["seg"].unlink()
+        again = prepare(own_patients, tmp_path / "again")
+        assert again.exit_code == 1
+        assert re.search(r"no case in .* has a segmentation.*; 5 cases were left out", again.stderr)
+
     @pytest.mark.parametrize(("value", "message"), [(7, "7"), (3, "resection cavity")])
     def test_labels_that_no_scheme_has(self, own_patients: Path, tmp_path: Path, value: int, message: str) -> None:
         seg = case_files(own_patients, 3)["seg"]
