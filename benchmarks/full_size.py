@@ -1,16 +1,19 @@
 """The paper's tensor on one device: from slices in host memory to the sum over checkpoints, timed and checked.
 
-    python benchmarks/full_size.py --device cuda --dtype bfloat16 --precision bfloat16
+    python benchmarks/full_size.py --device cuda
     python benchmarks/full_size.py --slices 48 --width 8 --size 96 --checkpoints 2
 
 The defaults are the paper's numbers: 2070 train slices of 192², width 64, five checkpoints, three classes. Slices and
 lesions are random, and so are the weights of the networks, as in ``benchmarks/engine.py``; it needs no more than that.
 
-Without ``--block`` the packed rows of all slices lie on the device (78 GB in bfloat16 at the paper's size). With it,
-those of two blocks of slices do, and a block is differentiated again for every other one that it meets.
+Without ``--block`` the packed rows of all slices lie on the device (78 GB in bfloat16 at the paper's size, what a GPU
+gets unless told otherwise). With it, those of two blocks of slices do, and a block is differentiated again for every
+other one that it meets; a GPU of 80 GB wants ``--block 690``.
 
-The floor is the time of the same operations, zeros counted, at the rate of the device's own matrix product in the same
-precision. The check takes some slices at random: the entries of their regions, by plain autograd in float64.
+A batch is differentiated and multiplied before the clock starts, so that the libraries are there. The floor is the
+time of the same operations, zeros counted, at the rates of the device's own matrix product: of passes in the precision
+of convolutions, which is tf32 where products are bfloat16, of the kernel in that of products. The check takes some
+slices at random: the entries of their regions, by plain autograd in float64.
 """
 
 import argparse
@@ -24,8 +27,9 @@ from engine import CLASSES, Problem, Rows, in_float64, machine, make_problem, ma
 from torch import Tensor, nn
 
 from ray_tracin.influence import EXPANDED_VALUES, sum_checkpoints, tile_kernel, train_columns
-from ray_tracin.vocabulary import ranges
+from ray_tracin.vocabulary import Precision, ranges
 
+USUAL = "bfloat16 on a GPU, else float32, unless given"
 LEARNING_RATE = 1e-3
 """Of the first checkpoint; half of it at each further one."""
 
@@ -116,6 +120,17 @@ def compute(problems: list[Problem], rates: Tensor, options: argparse.Namespace,
     return tensor
 
 
+def warm_up(problem: Problem, options: argparse.Namespace) -> None:
+    """Loads what the device's libraries load when they are first used."""
+    network, *parts = problem
+    on_device = copy.deepcopy(network).to(options.device), parts[0], parts[1], parts[2]
+    make = Rows(on_device, options.batch, options.dtype, options.precision)
+    read = partial(make.form.read, make(0, min(options.batch, options.slices)))
+    tile_kernel(
+        make.form.layout, read, None, chunk_values=EXPANDED_VALUES[make.device.type], precision=options.precision
+    )
+
+
 def report(options: argparse.Namespace) -> str:
     """The figures as a table."""
     device = torch.device(options.device)
@@ -123,19 +138,23 @@ def report(options: argparse.Namespace) -> str:
     network, *parts = make_problem(options.slices, options.width, options.size)
     problems: list[Problem] = [(one, parts[0], parts[1], parts[2]) for one in checkpoints(network, options.checkpoints)]
     rates = LEARNING_RATE * 0.5 ** torch.arange(options.checkpoints)
-    rate = matmul_rate(device, options.precision)
+    passes: Precision = "float32" if options.precision == "float32" else "tf32"
+    of_product = {precision: matmul_rate(device, precision) for precision in dict.fromkeys((passes, options.precision))}
+    warm_up(problems[0], options)
     timer = Timer(device)
     tensor = compute(problems, rates, options, timer)
     peak, host = peak_bytes(device), peak_bytes(torch.device("cpu"))
     seconds = sum(timer.seconds.values())
     flops, columns = operations(options)
-    floor = options.checkpoints * flops / rate
+    floor = options.checkpoints * sum(
+        part / of_product[one] for part, one in zip(flops, (passes, options.precision), strict=True)
+    )
     rows = [
         ("tensor", " × ".join(map(str, tensor.shape))),
         ("seconds, slices in host memory to tensor", f"{seconds:.2f}"),
         *((f"of these, {name}", f"{spent:.2f}") for name, spent in timer.seconds.items()),
-        ("PFLOP, zeros counted", f"{options.checkpoints * flops / 1e15:.3g}"),
-        (f"matrix product in {options.precision}, TFLOP/s", f"{rate / 1e12:.3g}"),
+        ("PFLOP, zeros counted", f"{options.checkpoints * sum(flops) / 1e15:.3g}"),
+        *((f"matrix product in {one}, TFLOP/s", f"{rate / 1e12:.3g}") for one, rate in of_product.items()),
         ("seconds at that rate (the floor)", f"{floor:.2f}"),
         ("floor ÷ seconds", f"{floor / seconds:.0%}"),
         ("peak memory of the device, GB", f"{peak / 1e9:.2f}"),
@@ -162,12 +181,15 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=int, default=5)
     parser.add_argument("--block", type=int, default=0, help="slices whose rows are made together; 0: all of them")
     parser.add_argument("--batch", type=int, default=16, help="slices that are differentiated at once")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of kept rows")
-    parser.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help=f"of kept rows; {USUAL}")
+    parser.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], help=f"of products; {USUAL}")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--checked", type=int, default=6, help="slices whose entries are compared with float64")
-    print(report(parser.parse_args()))
+    options = parser.parse_args()
+    usual = "bfloat16" if options.device == "cuda" else "float32"
+    options.dtype, options.precision = options.dtype or usual, options.precision or usual
+    print(report(options))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ that is float32.
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -25,17 +25,39 @@ Result = TypeVar("Result")
 
 @contextmanager
 def arithmetic(precision: Precision = "float32") -> Iterator[None]:
-    """Inside, convolutions are deterministic, and they and products have operands of a precision."""
-    coarse = precision != "float32"
-    products = torch.backends.cuda.matmul
-    before = products.allow_tf32
-    # TF32 is cuDNN's default, and could be switched on for products elsewhere.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=coarse):
-        products.allow_tf32 = coarse
-        try:
-            yield
-        finally:
-            products.allow_tf32 = before
+    """Inside, convolutions are deterministic, and they and products have operands of a precision.
+
+    TF32 is cuDNN's default, and a program may have chosen it, or less, for products, on a CPU too.
+    """
+    backends: Any = torch.backends
+    cudnn, products, cpu = backends.cudnn, backends.cuda.matmul, backends.mkldnn
+    with ExitStack() as switches:
+        for switch, value in (("enabled", True), ("benchmark", False), ("deterministic", True)):
+            switches.enter_context(_switched(cudnn, switch, value))
+        if hasattr(products, "fp32_precision"):
+            # Since PyTorch 2.9, which refuses to read the older switches once a program has used these.
+            operands = "ieee" if precision == "float32" else "tf32"
+            for owner, wanted in (
+                (cudnn.conv, operands),
+                (products, operands),
+                (cpu.conv, "ieee"),
+                (cpu.matmul, "ieee"),
+            ):
+                switches.enter_context(_switched(owner, "fp32_precision", wanted))
+        else:
+            for owner in (cudnn, products):
+                switches.enter_context(_switched(owner, "allow_tf32", precision != "float32"))
+        yield
+
+
+@contextmanager
+def _switched(owner: Any, switch: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, switch)
+    setattr(owner, switch, value)
+    try:
+        yield
+    finally:
+        setattr(owner, switch, before)
 
 
 @runtime_checkable
@@ -90,13 +112,19 @@ def multiply(
     """The inner products of the rows of two matrices, accumulated in float32 (in float64 if they are)."""
     if left.dtype == torch.float64:
         return left @ right.mT
-    if precision == "bfloat16":
-        left, right = left.bfloat16(), right.bfloat16()
-        if left.is_cuda:
-            return torch.mm(left, right.mT, out_dtype=torch.float32)
-        # A CPU's product of bfloat16 would be rounded to bfloat16.
-        left, right = left.float(), right.float()
+    left, right = operands(left, precision), operands(right, precision)
+    if precision == "bfloat16" and left.is_cuda:
+        return torch.mm(left, right.mT, out_dtype=torch.float32)
     return inner_products(left, right)
+
+
+def operands(rows: Float[Tensor, "row column"], precision: Precision) -> Float[Tensor, "row column"]:
+    """Rows as `multiply` takes them in a precision, so that rows of several products are rounded once."""
+    if precision != "bfloat16" or rows.dtype == torch.float64:
+        return rows
+    rows = rows.bfloat16()
+    # A CPU's product of bfloat16 would be rounded to bfloat16.
+    return rows if rows.is_cuda else rows.float()
 
 
 def inner_products(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ray_tracin.arithmetic import multiply
+from ray_tracin.arithmetic import arithmetic, multiply
 from ray_tracin.config import ModelConfig, RunConfig
 from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.objects import Objects
@@ -91,7 +91,8 @@ def _pass_flops(settings: ModelConfig, channels: int, classes: int, size: int) -
 def _product_rate(config: RunConfig, device: torch.device) -> float:
     rows = torch.randn((PRODUCT_ROWS[device.type], PRODUCT_COLUMNS), device=device)
     precision = config.gradients.precision
-    return 2 * len(rows) ** 2 * PRODUCT_COLUMNS / _seconds(lambda: multiply(rows, rows, precision), device)
+    with arithmetic(precision):
+        return 2 * len(rows) ** 2 * PRODUCT_COLUMNS / _seconds(lambda: multiply(rows, rows, precision), device)
 
 
 def _storage_rates(objects: Objects) -> tuple[float, float]:

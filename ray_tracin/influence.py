@@ -14,15 +14,18 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
-from ray_tracin.arithmetic import Each, arithmetic, multiply, shared_threads
+from ray_tracin.arithmetic import Each, arithmetic, multiply, operands, shared_threads
 from ray_tracin.correlation import Chunk, wide
 from ray_tracin.layers import Layout, Segment, expand_bytes, expansion
 from ray_tracin.vocabulary import Precision, ranges
 
 PANELS = 8
 """Row panels that the upper half of a symmetric kernel is cut into: they multiply 56 % of it."""
-SMALLEST_PANEL = 96
-"""Rows below which products lose speed."""
+SMALLEST_PANEL = {"cpu": 96, "cuda": 1280}
+"""Rows below which products lose speed, by device: fewer leave processors of a large GPU without work."""
+
+ALIGNED_VALUES = 64
+"""What parts of rows are multiples of: the width of a GPU's loads, twice, whatever the precision."""
 
 EXPANDED_VALUES = {"cpu": 1 << 23, "cuda": 1 << 29}
 """Gradient values of a side to expand at a time, by device, where memory is not short; more is no faster on a CPU."""
@@ -132,10 +135,11 @@ class _Lane:
         self.norm2 += torch.linalg.vecdot(left, left)
 
     def _add_upper(self, rows: Float[Tensor, "row column"]) -> None:
-        # Once, and not for every panel, as a product of parts of longer rows would do.
-        rows = rows.contiguous()
+        # Once, and not for every panel: a product would do it to parts of longer rows, and round them.
+        rows = operands(rows.contiguous(), self.precision)
         # And some below the diagonal: the kernel is symmetric.
-        for start, stop in ranges(len(rows), max(SMALLEST_PANEL, -(-len(rows) // PANELS))):
+        least = SMALLEST_PANEL[rows.device.type]
+        for start, stop in ranges(len(rows), max(least, -(-len(rows) // PANELS))):
             self.kernel[start:stop, start:] += multiply(rows[start:stop], rows[start:], self.precision)
 
 
@@ -144,13 +148,21 @@ def _chunks(
 ) -> list[tuple[Chunk, Chunk]]:
     """Matching chunks of both sides' gradients, a row a region: the classes of a slice, then the next slice."""
     columns = max(1, chunk_values // (classes * max(len(queries), len(trains), 1)))
+    # Products of parts that begin anywhere are slower.
+    columns -= columns % ALIGNED_VALUES if columns > ALIGNED_VALUES else 0
     left = expansion(segment, queries, classes, columns=columns)
     right = left if trains is queries else expansion(segment, trains, classes, columns=columns)
     return list(zip(left, right, strict=True))
 
 
 def tile_bytes(
-    layout: Layout, query_slices: int, train_slices: int | None, *, chunk_values: int, stored_itemsize: int = 4
+    layout: Layout,
+    query_slices: int,
+    train_slices: int | None,
+    *,
+    chunk_values: int,
+    stored_itemsize: int = 4,
+    device: str = "cpu",
 ) -> int:
     """About how many bytes `tile_kernel` takes: rows as read and as float32, chunks, and the kernel's accumulator.
 
@@ -158,10 +170,13 @@ def tile_bytes(
     """
     columns = max(1, chunk_values // (layout.classes * max(query_slices, train_slices or 0)))
     slices = query_slices + (train_slices or 0)
-    expanded = expand_bytes(layout, slices, columns=columns, stored_itemsize=stored_itemsize, lanes=LANES)
+    lanes = LANES if device == "cpu" else 1
+    expanded = expand_bytes(
+        layout, slices, columns=columns, stored_itemsize=stored_itemsize, lanes=lanes, device=device
+    )
     pairs = layout.classes**2 * query_slices * (train_slices or query_slices)
     # A sum and a term of every lane, the two halves of a symmetric kernel, and the whole.
-    return expanded + pairs * (LANES * (8 + 4) + 8 + 8 + 8)
+    return expanded + pairs * (lanes * (8 + 4) + 8 + 8 + 8)
 
 
 def without_absent(

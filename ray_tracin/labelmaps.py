@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from matplotlib.colors import to_rgb
 
 from ray_tracin import store as paths
+from ray_tracin.arithmetic import arithmetic
 from ray_tracin.charts import class_colours
 from ray_tracin.mapping import PREDICTED_SLICES
 from ray_tracin.nifti import Grid, encode_labels, load_grid
@@ -124,7 +125,7 @@ def _original_grid(run: Run, case: str) -> Grid:
 def _predictions(run: Run, rows: Sequence[int]) -> UInt8[np.ndarray, "slice h w"]:
     device = pick_device(run)
     network = run.model(FINAL).to(device)
-    with torch.inference_mode():
+    with torch.inference_mode(), arithmetic():
         batches = torch.from_numpy(run.images(rows)).split(PREDICTED_SLICES)
         parts = [predicted_labels(network(batch.to(device))).cpu() for batch in batches]
     labels: Array = torch.cat(parts).numpy()

@@ -247,15 +247,18 @@ def _part(whole: Float[Tensor, "slice class column"], start: int, stop: int) -> 
     return whole[:, :, start:stop].to(wide(whole.dtype))
 
 
-def expand_bytes(layout: Layout, slices: int, *, columns: int, stored_itemsize: int = 4, lanes: int = 1) -> int:
+def expand_bytes(
+    layout: Layout, slices: int, *, columns: int, stored_itemsize: int = 4, lanes: int = 1, device: str = "cpu"
+) -> int:
     """About how many bytes it takes to read the largest segment of some slices and to expand chunks of it.
 
-    Chunks of ``columns`` columns in all, ``lanes`` of them at a time.
+    Chunks of ``columns`` columns in all, or those of the widest segment if that is less, ``lanes`` of them at a time.
     """
+    columns = min(columns, max((segment.columns for segment in layout.segments), default=0))
     widest = max((segment.length for segment in layout.segments), default=0)
     narrowest = max((_smallest_chunk(segment) for segment in layout.segments), default=0)
     chunk = 2 * slices * layout.classes * max(columns, lanes * narrowest)
-    return slices * widest * (stored_itemsize + 4) + 4 * (chunk + lanes * _window_values(layout))
+    return slices * widest * (stored_itemsize + 4) + 4 * (chunk + lanes * _window_values(layout, device))
 
 
 def _smallest_chunk(segment: Segment) -> int:
@@ -264,10 +267,10 @@ def _smallest_chunk(segment: Segment) -> int:
     return segment.geometry.groups * math.prod(segment.geometry.kernel)
 
 
-def _window_values(layout: Layout) -> int:
+def _window_values(layout: Layout, device: str) -> int:
     """Values of windows at a time: the budget, or all channels of one slice if that is more."""
     sizes = (_slice_windows(segment, layout.classes) for segment in layout.segments if segment.form == "factors")
-    return max(correlation.WINDOW_VALUES["cpu"], *sizes, 0)
+    return max(correlation.WINDOW_VALUES[device], *sizes, 0)
 
 
 def _slice_windows(segment: Segment, classes: int) -> int:

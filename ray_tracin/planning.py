@@ -19,22 +19,16 @@ from ray_tracin.attribution import stored_words
 from ray_tracin.calibration import NOMINAL, Rates, calibrate
 from ray_tracin.config import RunConfig
 from ray_tracin.folders import find_cases
-from ray_tracin.gradients import RegionDifferentiator, differentiate_bytes
-from ray_tracin.influence import EXPANDED_VALUES, tile_bytes
+from ray_tracin.footprint import Footprint, Need
+from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.layers import Layout
 from ray_tracin.presets import build_config
 from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import Run, is_run, open_run_with, read_document
 from ray_tracin.store import IncompleteRunError, RunStore
-from ray_tracin.tiling import READ_WORDS
 from ray_tracin.unet import HEAD, build_unet
 from ray_tracin.vocabulary import QuerySet, ranges
 
-PROCESS_BYTES = 900 << 20
-"""Resident size of a worker beyond what is counted here: Ray, torch, and what the allocator keeps between batches.
-Measured on Linux with the CPU build of torch, as the peak of a worker less the rest of its plan."""
-CLOUD_BYTES = 128 << 20
-"""What the client of a cloud storage takes besides: connections, and answers that come in together. Measured alike."""
 PAIR_BYTES = 6
 """A pair of regions in the exported table. Measured, as what follows, on the demo: 5.3, 5 KiB, 0.9, 5 MB."""
 REGION_BYTES = 6 << 10
@@ -148,20 +142,15 @@ class Plan:
         """Whether the run is in cloud storage."""
         return self.free_bytes is None
 
-    @property
-    def _process_bytes(self) -> int:
-        return PROCESS_BYTES + CLOUD_BYTES * self.in_cloud
+    @cached_property
+    def memory(self) -> Footprint:
+        """What workers take, by stage."""
+        return Footprint(self.config, self.layout, self.parameters, self.train, self.test, self.in_cloud)
 
     @property
-    def _batch_bytes(self) -> int:
-        resources = self.config.resources
-        return differentiate_bytes(self.layout, resources.batch_slices, threads=resources.threads, device=self.device)
-
-    @property
-    def gradient_worker_bytes(self) -> int:
-        """Memory of a worker that makes gradient shards: network and copies, a batch, a shard and its encoding."""
-        shard = 4 * self.config.gradients.shard_slices * self._rows.row_bytes
-        return self._process_bytes + 3 * 4 * self.parameters + self._batch_bytes + shard
+    def tile_need(self) -> Need:
+        """What a worker that makes tiles takes, by the source of their rows."""
+        return self.memory.fused_tiles if self.fused else self.memory.stored_tiles
 
     @cached_property
     def fused_slices(self) -> int:
@@ -191,9 +180,10 @@ class Plan:
             return asked, f"gradients.source={asked}"
         if self.config.gradients.keep:
             return "stored", "gradients.keep=true"
-        if self.fused_bytes > self.fused_limit:
-            return "stored", f"two blocks of rows take {_gib(self.fused_bytes)}, a worker has {_gib(self.fused_limit)}"
-        stored, fused = (sum(self.seconds(NOMINAL[self.device], fused)[:2]) for fused in (False, True))
+        need, limit = self.fused_bytes, self.fused_limit
+        if need > limit:
+            return "stored", f"two blocks of rows take {_gib(need)}, a worker has {_gib(limit)}"
+        stored, fused = (sum(self.seconds(NOMINAL[self.memory.device], fused)[:2]) for fused in (False, True))
         names = ("fused", "stored") if fused < stored else ("stored", "fused")
         return names[0], f"about {min(fused, stored) / max(fused, stored):.0%} of the time of {names[1]}"
 
@@ -204,73 +194,34 @@ class Plan:
         return made * self.gradient_flops / self.slices / rates.passes, moved, self.gram_flops / rates.products
 
     @property
-    def device(self) -> str:
-        """What workers compute on, as far as the configuration says."""
-        return "cuda" if self.config.resources.device == "cuda" else "cpu"
+    def fused_bytes(self) -> int:
+        """What tiles from rows in memory take of the memory that is the limit: the GPU's where there is one."""
+        need = self.memory.fused_tiles
+        return need.gpu if self.memory.on_gpu else need.host
 
     @property
     def fused_limit(self) -> float:
-        """Bytes that the rows of blocks may take with all that is computed from them."""
+        """Bytes of it that a worker may take."""
         resources = self.config.resources
-        return GIB * (resources.gpu_memory if self.device == "cuda" else resources.memory_per_worker)
-
-    @property
-    def fused_bytes(self) -> int:
-        """Memory of a worker that makes tiles from rows that it makes: network, a batch, two blocks, a tile."""
-        queries, train = self._sides
-        rows = (queries + train + self.config.gradients.shard_slices) * self._rows.row_bytes
-        return self._process_bytes + 3 * 4 * self.parameters + self._batch_bytes + rows + self._tile_bytes
-
-    @property
-    def stored_tile_bytes(self) -> int:
-        """Memory of a worker that makes tiles from shards."""
-        queries, train = self._sides
-        # What is read ahead on both sides, as stored and decoded (and before as answers of a server), and the tile.
-        ahead = (2 + self.in_cloud) * (queries + train) * READ_WORDS * self._rows.item_bytes
-        return self._process_bytes + self._tile_bytes + ahead
-
-    @property
-    def tile_worker_bytes(self) -> int:
-        """Memory of a worker that makes tiles."""
-        return self.fused_bytes if self.fused else self.stored_tile_bytes
-
-    @property
-    def _sides(self) -> tuple[int, int]:
-        """Slices of a tile: as queries and as train slices; a single train block is both."""
-        side = self.config.influence.tile_slices
-        queries = self.test if side >= self.train and "test" in self.config.influence.query_sets else self.train
-        return min(side, max(queries, self.test)), min(side, self.train)
-
-    @property
-    def _tile_bytes(self) -> int:
-        queries, train = self._sides
-        side, values = self.config.influence.tile_slices, EXPANDED_VALUES[self.device]
-        need = tile_bytes(self.layout, queries, train, chunk_values=values, stored_itemsize=self._rows.opened_bytes)
-        return need + 2 * 4 * (self.classes * side) ** 2
-
-    @property
-    def stripe_worker_bytes(self) -> int:
-        """Memory of a worker that puts tiles into the tensor."""
-        stripe = self.classes * self.config.influence.tile_slices * self.classes * self.train
-        return self._process_bytes + 4 * stripe * (2 * len(self.config.influence_epochs()) + 4)
+        return GIB * (resources.gpu_memory if self.memory.on_gpu else resources.memory_per_worker)
 
     @property
     def problems(self) -> list[str]:
         """The limits that the run would break, each with the setting that would help."""
-        memory = "memory_per_worker"
-        needs = [
-            ("gradients", self.gradient_worker_bytes, memory, "gradients.shard_slices or resources.batch_slices"),
-            ("stripes", self.stripe_worker_bytes, memory, "influence.tile_slices"),
+        stages = [
+            ("gradients", self.memory.gradients, "gradients.shard_slices or resources.batch_slices"),
+            ("tiles", self.tile_need, "influence.tile_slices"),
+            ("stripes", self.memory.stripes, "influence.tile_slices"),
         ]
         if self.fused:
-            setting = "gpu_memory" if self.device == "cuda" else memory
-            needs[0] = ("tiles", self.fused_bytes, setting, "influence.tile_slices or set gradients.source=stored")
-        else:
-            needs.insert(1, ("tiles", self.stored_tile_bytes, memory, "influence.tile_slices"))
+            stages[:2] = [("tiles", self.tile_need, "influence.tile_slices or set gradients.source=stored")]
+        resources = self.config.resources
+        limits = {"memory_per_worker": resources.memory_per_worker * GIB, "gpu_memory": resources.gpu_memory * GIB}
         found = [
-            f"a worker of {what} needs {_gib(need)}, resources.{setting} is {_gib(limit)}: lower {help}, or allow more"
-            for what, need, setting, help in needs
-            if need > (limit := getattr(self.config.resources, setting) * GIB)
+            f"a worker of {what} needs {_gib(size)}, resources.{setting} is {_gib(limit)}: lower {help}, or allow more"
+            for what, need, help in stages
+            for (setting, limit), size in zip(limits.items(), (need.host, need.gpu), strict=True)
+            if size > limit
         ]
         if self.free_bytes is not None and self.kept_bytes > self.free_bytes:
             found.append(
@@ -310,9 +261,9 @@ class Plan:
                 "disk at the most",
                 f"{_gib(self.kept_bytes)}" + ("" if self.free_bytes is None else f" of {_gib(self.free_bytes)}"),
             ),
-            ("memory of a gradient worker", _gib(self.gradient_worker_bytes)),
-            ("memory of a tile worker", _gib(self.tile_worker_bytes)),
-            ("memory of a stripe worker", _gib(self.stripe_worker_bytes)),
+            ("memory of a gradient worker", _memory(self.memory.gradients)),
+            ("memory of a tile worker", _memory(self.tile_need)),
+            ("memory of a stripe worker", _memory(self.memory.stripes)),
         ]
 
     def estimate(self, rates: Rates) -> list[tuple[str, str]]:
@@ -428,6 +379,10 @@ def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _memory(need: Need) -> str:
+    return _gib(need.host) + (f", of a GPU {_gib(need.gpu)}" if need.gpu else "")
 
 
 def _gib(size: int | float) -> str:

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ray_tracin.arithmetic import arithmetic
 from ray_tracin.assembly import train_regions
 from ray_tracin.attribution import (
     Differentiate,
@@ -203,7 +204,7 @@ def _cut(run: Run, case: Case, data: DataConfig) -> tuple[pd.DataFrame, Tensor, 
 def _logits(run: Run, network: str, images: Tensor) -> Tensor:
     device = pick_device(run)
     model = run.model(network).to(device)
-    with torch.inference_mode():
+    with torch.inference_mode(), arithmetic():
         parts = [model(batch.to(device)).float().cpu() for batch in images.split(run.config.resources.batch_slices)]
     return torch.cat(parts).clone()
 

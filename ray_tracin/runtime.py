@@ -176,7 +176,7 @@ def planned_bytes(stage: Stage[Any]) -> int | None:
     except IncompleteRunError:
         return None
     plan = plan_of(stage.run)
-    return max(plan.gradient_worker_bytes, plan.tile_worker_bytes, plan.stripe_worker_bytes)
+    return max(need.host for need in (plan.memory.gradients, plan.tile_need, plan.memory.stripes))
 
 
 def refuse_nodes_without_memory(stage: Stage[Any], options: dict[str, Any], need: int) -> None:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, runtime_c
 
 import torch
 
+from ray_tracin.arithmetic import arithmetic
 from ray_tracin.runs import Run
 from ray_tracin.soundness import file_problems, new_file_problems
 from ray_tracin.store import Receipt, now
@@ -124,7 +125,9 @@ class StageWorker(Generic[Key]):
         store.take_written()
         started = now()
         try:
-            result = self._work(key)
+            # Networks predict in the arithmetic that regions are differentiated in, where nothing else is asked for.
+            with arithmetic():
+                result = self._work(key)
         except Exception as error:
             error.add_note(f"in stage {self._stage.name}, key {key}")
             raise
@@ -240,11 +243,14 @@ def halving(work: Callable[[int], T], size: int, smallest: int = 1) -> tuple[T, 
             torch.cuda.empty_cache()
 
 
+_OUT_OF_MEMORY = r"can't allocate memory|CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory was too small, the GPU's or the process's; torch reports the latter as a RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and bool(re.search(r"can't allocate memory|CUDA out of memory", str(error)))
+    return isinstance(error, RuntimeError) and bool(re.search(_OUT_OF_MEMORY, str(error)))
 
 
 def peak_memory() -> int:

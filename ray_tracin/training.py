@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64, Integer, UInt8
 from torch import Tensor, nn
 
+from ray_tracin.arithmetic import arithmetic
 from ray_tracin.config import TrainingConfig
 
 OptimizerName = Literal["adam", "sgd"]
@@ -290,11 +291,13 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             part = rank_part(batch, self.rank, self.world_size)
             images, labels = self._augmented(part, epoch)
-            loss = dice_loss(self._network(images), labels, self.config)
-            self._require_finite(loss, epoch, f"the loss in batch {number} of {len(batches)}")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            # As fast as GPUs convolve by default, but the same whenever it is repeated on one of a kind.
+            with arithmetic("tf32"):
+                loss = dice_loss(self._network(images), labels, self.config)
+                self._require_finite(loss, epoch, f"the loss in batch {number} of {len(batches)}")
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
             total, slices = total + loss.item() * len(part), slices + len(part)
         return self._average(total / slices)
 
@@ -323,7 +326,7 @@ class Trainer:
         counts = [torch.zeros(2, 0, self.classes, dtype=torch.int64)]
         for start in range(0, len(rows), self.config.batch_size):
             batch = list(rows[start : start + self.config.batch_size])
-            with torch.no_grad():
+            with torch.no_grad(), arithmetic():
                 logits = self.model(torch.from_numpy(self.images[batch]).to(self.device))
             # The last step of an epoch is followed by no loss that would show what it did.
             self._require_finite(logits, epoch, "a prediction after the last batch")

@@ -127,20 +127,61 @@ def resident_bytes():
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize(("precision", "coarse"), [("float32", False), ("tf32", True), ("bfloat16", True)])
-def test_switches_are_set_inside_and_put_back(precision, coarse):
-    def flags():
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+def switches():
+    operations = [("cuda", "conv"), ("cuda", "matmul"), ("mkldnn", "conv"), ("mkldnn", "matmul")]
+    return [torch._C._get_fp32_precision_getter(*one) for one in operations]
 
-    before = flags()
+
+newer_switches = pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch 2.8 has the older switches alone"
+)
+
+
+@newer_switches
+@pytest.mark.parametrize(("precision", "operands"), [("float32", "ieee"), ("tf32", "tf32"), ("bfloat16", "tf32")])
+def test_switches_are_set_inside_and_put_back(precision, operands):
+    before = switches(), torch.backends.cudnn.deterministic
     with arithmetic(precision):
-        assert flags() == (coarse, coarse)
+        assert switches() == [operands, operands, "ieee", "ieee"]
         assert torch.backends.cudnn.deterministic
-    assert flags() == before
+    assert (switches(), torch.backends.cudnn.deterministic) == before
+
+
+def choose(owner, precision):
+    owner.fp32_precision = precision
+
+
+@newer_switches
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: choose(torch.backends, "tf32"),
+        lambda: choose(torch.backends.cudnn, "tf32"),
+        lambda: choose(torch.backends.cudnn.conv, "ieee"),
+        lambda: choose(torch.backends.cuda.matmul, "tf32"),
+        lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+    ],
+)
+def test_programs_that_have_chosen_a_precision_keep_it(chosen):
+    owners = [torch.backends, torch.backends.cudnn, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    owners += [torch.backends.cuda.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul]
+    first = [owner.fp32_precision for owner in owners]
+    try:
+        chosen()
+        before = switches()
+        for precision, operands in (("float32", "ieee"), ("tf32", "tf32")):
+            with arithmetic(precision):
+                assert switches() == [operands, operands, "ieee", "ieee"]
+            assert switches() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for owner, precision in zip(owners, first, strict=True):
+            owner.fp32_precision = precision
 
 
 def test_switches_are_put_back_after_an_error():
-    before = torch.backends.cuda.matmul.allow_tf32
+    before = switches()
     with pytest.raises(ZeroDivisionError), arithmetic("tf32"):
         _ = 1 / 0
-    assert torch.backends.cuda.matmul.allow_tf32 == before
+    assert switches() == before

@@ -36,10 +36,11 @@ def test_the_full_size_is_the_tensor_in_one_block_and_in_several(problems, chang
 
 
 def test_operations_are_those_of_the_passes_and_of_half_the_kernel():
-    flops, columns = engine.operations(Namespace(slices=1, width=4, size=32))
+    (passes, kernel), columns = engine.operations(Namespace(slices=1, width=4, size=32))
     network = engine.make_problem(1, 4, 32)[0]
     assert columns == sum(parameter.numel() for parameter in network.parameters())
-    assert engine.operations(Namespace(slices=10, width=4, size=32))[0] == 10 * (flops - 9 * columns) + 900 * columns
+    assert kernel == 9 * columns
+    assert engine.operations(Namespace(slices=10, width=4, size=32))[0] == (10 * passes, 900 * columns)
 
 
 def test_rows_made_in_processes_give_the_same_kernel_and_their_memory_is_counted(problems):

@@ -98,7 +98,7 @@ def test_coarser_operands_are_close_and_the_kernel_stays_symmetric(deep, precisi
 
 def test_panels_of_the_symmetric_kernel_hold_it_whole(deep, monkeypatch):
     layout, values, gradients = deep
-    monkeypatch.setattr(influence, "SMALLEST_PANEL", 3)
+    monkeypatch.setitem(influence.SMALLEST_PANEL, "cpu", 3)
     kernel, _ = tile_kernel(layout, reader(values), None, chunk_values=500)
     assert oracle.difference(kernel, oracle.kernel(gradients, gradients)) < 1e-5
     assert torch.equal(kernel, kernel.permute(2, 3, 0, 1))

@@ -8,6 +8,7 @@ import pytest
 from test_folders import NEW, add_case
 
 from ray_tracin.calibration import NOMINAL, Rates, calibrate
+from ray_tracin.footprint import Need
 from ray_tracin.planning import GIB, Plan, plan_run
 from ray_tracin.presets import build_config
 from ray_tracin.runs import Run
@@ -48,9 +49,9 @@ def test_many_blocks_are_cheaper_stored_where_arithmetic_is_slow() -> None:
 def test_workers_of_a_run_in_the_cloud_need_more() -> None:
     here = plan()
     there = replace(here, free_bytes=None)
-    client = there.gradient_worker_bytes - here.gradient_worker_bytes
-    assert client == there.stripe_worker_bytes - here.stripe_worker_bytes > 0
-    assert there.tile_worker_bytes - here.tile_worker_bytes > client, "what was read is there once more"
+    client = there.memory.gradients.host - here.memory.gradients.host
+    assert client == there.memory.stripes.host - here.memory.stripes.host > 0
+    assert there.tile_need.host - here.tile_need.host > client, "what was read is there once more"
 
 
 def test_the_choice_can_be_overruled_and_what_does_not_fit_is_refused() -> None:
@@ -61,6 +62,33 @@ def test_the_choice_can_be_overruled_and_what_does_not_fit_is_refused() -> None:
     assert "gradients.source=stored" in problem
     on_gpu = plan(asked, "resources.device=cuda", "resources.gpu_memory=0.5")
     assert "resources.gpu_memory is 0.50 GiB" in on_gpu.problems[0]
+
+
+@pytest.mark.parametrize("preset", ["demo", "paper"])
+@pytest.mark.parametrize("source", ["stored", "fused"])
+def test_what_is_on_a_gpu_is_not_counted_as_memory_of_the_node(preset: str, source: str) -> None:
+    def needs(device: str) -> list[Need]:
+        settings = [f"resources.device={device}", f"gradients.source={source}"]
+        found = plan_run(None, preset=preset, overrides=settings, patients=28)
+        if (device, source) == ("cuda", "stored"):
+            assert found.problems == []
+            assert ", of a GPU " in dict(found.lines())["memory of a tile worker"]
+        return [found.memory.gradients, found.tile_need]
+
+    for cpu, gpu in zip(needs("cpu"), needs("cuda"), strict=True):
+        assert cpu.gpu == 0
+        assert gpu.host < cpu.host
+        assert gpu.gpu > 0
+
+
+def test_a_gpu_that_is_too_small_is_refused_where_halving_would_not_help() -> None:
+    small = ["resources.device=cuda", "resources.gpu_memory"]
+    big = [*small[:1], "influence.tile_slices=100", "resources.batch_slices=64"]
+    assert plan(*big, f"{small[1]}=1.5").problems == [], "batches and expanded gradients are halved"
+    assert plan(*big).memory.fused_tiles.gpu > 1.5 * GIB, "blocks of rows want what is fastest"
+    problems = plan(*big, f"{small[1]}=0.5").problems
+    assert [problem.split()[3] for problem in problems] == ["gradients", "tiles"]
+    assert all("resources.gpu_memory is 0.50 GiB" in problem for problem in problems)
 
 
 @pytest.mark.parametrize(("side", "made"), [(1000, 10 + 4), (10, 10 + 4), (5, 5 + 5 + 0 + (4 + 5) + 5)])

@@ -226,9 +226,9 @@ def test_workers_take_no_more_memory_than_planned(tiny_run: Run, patients: Path,
     assert all("Plasma memory usage 0 MiB" in text for text in used), "gradients and tiles travel through storage"
     plan = plan_of(run)
     planned = {
-        "gradients": plan.gradient_worker_bytes,
-        "tiles": plan.tile_worker_bytes,
-        "influence": plan.stripe_worker_bytes,
+        "gradients": plan.memory.gradients.host,
+        "tiles": plan.tile_need.host,
+        "influence": plan.memory.stripes.host,
     }
     events = run.table("events")
     for stage, most in planned.items():

@@ -189,7 +189,7 @@ def test_the_whole_demo_is_stopped_in_the_middle_and_ends_whole(head: Head, serv
         assert all(line.done == line.total for line in status(run))
         events, plan = run.table("events"), plan_of(run)
         assert (events.outcome != "done").sum() <= 2 * 2, "what two workers had in hand when the job was stopped"
-        most = max(plan.gradient_worker_bytes, plan.tile_worker_bytes, plan.stripe_worker_bytes)
+        most = max(need.host for need in (plan.memory.gradients, plan.tile_need, plan.memory.stripes))
         peaks = events[events.stage.isin(["gradients", "tiles", "influence"])].groupby("stage").peak_memory.max()
         assert len(peaks) == 3
         assert (peaks <= most).all(), (peaks, most)
