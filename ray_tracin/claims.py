@@ -120,19 +120,24 @@ class Claim:
 
     def renew(self) -> None:
         """Give a sign of life, unless the run is another's by now."""
-        newest = _newest(self._objects)
-        # Numbers begin again once a run was let go: another driver's claim may have the number of this one.
-        if newest is None or newest.number != self._number or newest.holder not in (None, self._holder):
+        if not self._is_newest():
+            newest = _newest(self._objects)
             self._lost_to = (newest.holder if newest else None) or "another driver"
             return
         self._objects.put(_path(self._number), _to_bytes(self._holder))
         self._renewed = time.monotonic()
 
     def release(self) -> None:
-        """Let the run go. Where storage doesn't answer, the claim ends by itself."""
+        """Let the run go, unless it is another's by now. Where storage doesn't answer, the claim ends by itself."""
         _HELD.discard(self._holder.token)
         with suppress(OSError):
-            self._objects.delete([_path(self._number)])
+            if self._is_newest():
+                self._objects.delete([_path(self._number)])
+
+    def _is_newest(self) -> bool:
+        newest = _newest(self._objects)
+        # Numbers begin again once a run was let go: another driver's claim may have the number of this one.
+        return newest is not None and newest.number == self._number and newest.holder in (None, self._holder)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ray_tracin.answers import agreement_table, ranking_table, scan_lines, status_table, write_ranking
 from ray_tracin.charts import findings
+from ray_tracin.claims import ClaimHeldError
 from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explanation import explain_region
 from ray_tracin.figures import DrawFigures, draw_explanation
@@ -81,6 +82,8 @@ def _configuring(debug: bool) -> Iterator[None]:
     """The part of a command in which an error is the configuration's."""
     try:
         yield
+    except ClaimHeldError:
+        raise  # Which no other setting would help.
     except (ValueError, OSError) as error:
         if debug:
             raise

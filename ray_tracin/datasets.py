@@ -56,7 +56,7 @@ def execute_on_ray_data(stage: Stage[Any], keys: Sequence[Any], report: Report) 
         try:
             _run_job(stage, waiting, assigned, report)
         except RayError as error:
-            raise stage_error(stage, {"writing a table": error}, len(keys)) from error
+            raise stage_error(stage, {"writing a table": error}, len(keys), undone=assigned.left) from error
     if assigned.failures:
         raise stage_error(stage, assigned.failures, len(keys))
 

@@ -5,8 +5,9 @@ fraction of the time. Importing Ray Train takes seconds, so this module is loade
 """
 
 import tempfile
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
 
@@ -51,11 +52,19 @@ def execute_with_ray_train(stage: Train, keys: Sequence[Any], report: Report, re
                 reported.add(str(key))
                 report(key)
 
-    with ThreadPoolExecutor(1) as thread:
-        fitting = thread.submit(trainer.fit)
-        while wait([fitting], POLL_SECONDS).not_done:
-            report_finished()
-        fitting.result()
+    fitting: Future[object] = Future()
+
+    def fit() -> None:
+        try:
+            fitting.set_result(trainer.fit())
+        except BaseException as error:
+            fitting.set_exception(error)
+
+    # Who must stop, because the run is another driver's by now, must not wait for what may take hours.
+    threading.Thread(target=fit, daemon=True, name="fit").start()
+    while wait([fitting], POLL_SECONDS).not_done:
+        report_finished()
+    fitting.result()
     report_finished()
 
 

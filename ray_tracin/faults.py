@@ -80,15 +80,16 @@ def repeats(error: BaseException) -> bool:
     return isinstance(error, ValueError | OSError) and not isinstance(error, TimeoutError | RayError)
 
 
-def stage_error(stage: Stage[Any], failures: dict[Any, BaseException], keys: int) -> StageError:
-    """What a stage reports at its end about the keys that failed."""
+def stage_error(stage: Stage[Any], failures: dict[Any, BaseException], keys: int, *, undone: int = 0) -> StageError:
+    """What a stage reports at its end about the keys that failed; or, where that came early, the undone ones too."""
+    what = (
+        f"ended with {undone} of {keys} keys undone, what was done is kept"
+        if undone
+        else f"{len(failures)} of {keys} keys failed, the others are done and kept"
+    )
     lines = [f"{key}: {reason(error)}" for key, error in list(failures.items())[:SHOWN_FAILURES]]
     more = f"\n  … and {len(failures) - SHOWN_FAILURES} more" if len(failures) > SHOWN_FAILURES else ""
-    return StageError(
-        f"stage {stage.name}: {len(failures)} of {keys} keys failed, the others are done and kept:\n  "
-        + "\n  ".join(lines)
-        + more
-    )
+    return StageError(f"stage {stage.name}: {what}:\n  " + "\n  ".join(lines) + more)
 
 
 def reason(error: BaseException) -> str:

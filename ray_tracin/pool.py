@@ -130,9 +130,10 @@ class Pool:
         """
         self._stage, self._report, self._keys = stage, report, Assignment(keys)
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
-        self._failed_starts = 0
+        self._total, self._failed_starts = len(keys), 0
+        self._refusing: set[str] = set()
+        self._full = self._warned = False
         self._began = self._sized = time.monotonic()
-        self._warned = False
         for worker in self._workers:
             worker.ready = False
         self._resize()
@@ -152,10 +153,10 @@ class Pool:
         busy = sum(bool(worker.flights) for worker in self._workers)
         wanted = max(1, min(self._target(), busy + self._keys.waiting))
         open_ones = [worker for worker in self._workers if worker.opening is not None]
-        for worker in [worker for worker in self._workers if worker.opening is None][: wanted - len(open_ones)]:
+        for worker in [worker for worker in self._workers if worker.opening is None][: max(0, wanted - len(open_ones))]:
             self._open(worker)
             open_ones.append(worker)
-        for _ in range(wanted - len(open_ones)):
+        for _ in range(0 if self._full and any(worker.ready for worker in open_ones) else wanted - len(open_ones)):
             self._hire()
         pending = [worker for worker in open_ones if not worker.ready and worker.placed is None]
         for worker in pending[: max(0, len(open_ones) - wanted)]:
@@ -247,9 +248,15 @@ class Pool:
 
     def _start_failed(self, worker: _Worker, error: BaseException, what: str) -> None:
         self._failed_starts += 1
-        if repeats(error) or self._failed_starts >= TRIES * max(1, len(self._workers)):
-            raise stage_error(self._stage, {what: error}, self._keys.left) from error
-        self._lose(worker, error, "lost")
+        self._refusing.add(self._node_of(worker))
+        # One node says nothing of the others.
+        same = repeats(error) and (len(self._refusing) >= TRIES or not room_for(self.options, avoid=self._refusing))
+        if same or self._failed_starts >= TRIES * max(1, len(self._workers)):
+            if not any(other.ready for other in self._workers):
+                raise stage_error(self._stage, {what: error}, self._total, undone=self._keys.left) from error
+            self._full = True
+        self._lightened += ran_out_of_memory(error)
+        self._let_go(worker, blamed=True)
 
     def _landed(self, flight: _Flight) -> None:
         worker = flight.worker
@@ -315,7 +322,11 @@ class Pool:
                 receipt = run.store.read_receipt(self._stage.name, str(worker.flights[0].key))
             except OSError:
                 return  # Doing a key again is dearer than asking, and always right.
-            if receipt is None or (receipt.worker, receipt.fingerprint) != (worker.name, run.fingerprint):
+            if (
+                receipt is None
+                or receipt.released
+                or (receipt.worker, receipt.fingerprint) != (worker.name, run.fingerprint)
+            ):
                 return
             flight = worker.flights[0]
             self._next(worker)
@@ -407,7 +418,7 @@ class Pool:
     def _say_if_none_came(self, moment: float) -> None:
         if not self._warned and moment - self._began > WAITING_SECONDS and not any(w.name for w in self._workers):
             self._warned = True
-            logger.warning("%s waits for a node that has %s", self._stage.name, _shown(self.options))
+            say_it_waits(self._stage, self.options)
 
     def _end(self) -> None:
         """A worker that is still at a key, done elsewhere or given up, would hold up the next stage."""
@@ -427,6 +438,11 @@ def room_for(options: dict[str, Any], avoid: set[str] | None = None) -> int:
     needs = {name: need for name, need in wanted.items() if need}
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in (avoid or ())]
     return sum(min(int(node["Resources"].get(name, 0) / need) for name, need in needs.items()) for node in nodes)
+
+
+def say_it_waits(stage: Stage[Any], options: dict[str, Any]) -> None:
+    """A line for who wonders why nothing happens."""
+    logger.warning("%s waits for a node that has %s", stage.name, _shown(options))
 
 
 def _shown(options: dict[str, Any]) -> str:

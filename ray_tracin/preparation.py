@@ -5,9 +5,11 @@ the union of label values over the whole data set says what a label means, and r
 known which cases there are. A case that can't be read is a row of ``skipped.parquet``.
 """
 
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -60,6 +62,7 @@ class Inspect(Stage[CaseKey]):
 
         def inspect(key: CaseKey) -> Result:
             files = _states(cases[key])
+            _require_all(cases[key], files)
             try:
                 return {"files": files, "inspection": inspect_case(cases[key], data).to_json()}
             except VolumeError as error:
@@ -272,9 +275,22 @@ def _slice_rows(entry: Mapping[str, Any], counted: Mapping[str, Result]) -> list
 
 def _states(case: Case) -> dict[str, list[int]]:
     """Size and time of the last change of every file of a case; without those that aren't there."""
-    paths = [*case.modalities.values(), *([] if case.label is None else [case.label])]
-    states = {str(path): path.stat() for path in paths if path.exists()}
+    states = {str(path): path.stat() for path in _files(case) if path.exists()}
     return {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}
+
+
+def _files(case: Case) -> list[Path]:
+    return [*case.modalities.values(), *([] if case.label is None else [case.label])]
+
+
+def _require_all(case: Case, there: Mapping[str, list[int]]) -> None:
+    """Nothing, if the files of a case are where its driver has seen them: else the node is at fault, not the case."""
+    gone = [str(path) for path in _files(case) if str(path) not in there]
+    if gone:
+        raise FileNotFoundError(
+            f"{gone[0]} was there when the cases were listed, and is not on {socket.gethostname()}: every node must "
+            "see data.root (a volume, a mount, or the image)"
+        )
 
 
 def _holders(inspections: Sequence[Inspection]) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ray_tracin import store as paths
+from ray_tracin.claims import driving
 from ray_tracin.config import FORMAT_VERSION, RunConfig
 from ray_tracin.objects import StoredFile
 from ray_tracin.presets import build_config, parse_config, parse_yaml
@@ -267,6 +268,7 @@ def start_run(
         ValueError: a bad configuration, one that differs from the run's own (every difference is listed), or none
             for a new run.
         FileNotFoundError: the configuration file does not exist.
+        ClaimHeldError: another driver is about to compute the run with the configuration that it has.
     """
     document = read_document(config)
     store = RunStore(uri)
@@ -276,7 +278,9 @@ def start_run(
         return _begin(store, build_config(preset, document, overrides))
     wanted, differs = _wanted(open_run(uri), preset, document, overrides)
     if differs:
-        return _begin(store, wanted)  # Nothing was computed: a mistyped setting must not cost the folder.
+        # Nothing was computed: a mistyped setting must not cost the folder. But a driver may be about to.
+        with driving(store.objects):
+            return _begin(store, _wanted(open_run(uri), preset, document, overrides)[0])
     if store.read_receipt(*RECORD) is None:
         _record(store)
     return Run(store, wanted)

@@ -8,6 +8,8 @@ import logging
 import os
 import socket
 import statistics
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,12 +30,14 @@ from ray_tracin.config import RunConfig
 from ray_tracin.faults import cause_of, ended_after, reason, repeats, stage_error
 from ray_tracin.phantom import Edition, patient_grades, reserve, write_patient, write_tables
 from ray_tracin.planning import GIB, plan_of
-from ray_tracin.pool import SLOWER_THAN_MEDIAN, Pool, room_for
-from ray_tracin.stages import Attempt, Event, Listener, Outcome, Report, Stage, StageWorker
+from ray_tracin.pool import SLOWER_THAN_MEDIAN, WAITING_SECONDS, Pool, room_for, say_it_waits
+from ray_tracin.stages import Attempt, Event, Listener, Outcome, Report, Stage, StageWorker, sound_receipts
 from ray_tracin.store import IncompleteRunError, now
 
 OBJECT_STORE_BYTES = 128 << 20
 CONNECT_SECONDS = 10.0
+SHARED_SECONDS = 60.0
+"""How long a shared folder may take to show one node what another one wrote."""
 
 
 @contextmanager
@@ -117,25 +121,29 @@ class RayExecutor:
             self.close()
             options = _resource_options(stage, float(stage.run.config.resources.training_threads))
             self._refuse_what_never_comes(stage, options)
-            _execute_together(stage, keys, report, options)
+            with _waiting_told(stage, options):
+                _execute_together(stage, keys, report, options)
             return
         if stage.sequential:
             self.close()
             threads = min(float(stage.run.config.resources.training_threads), _most_cpus())
             options = _resource_options(stage, threads)
             self._refuse_what_never_comes(stage, options)
-            _execute_in_order(stage, keys, report, options)
+            with _waiting_told(stage, options):
+                _execute_in_order(stage, keys, report, options)
             return
         options = _resource_options(stage, float(stage.run.config.resources.threads))
         self._refuse_what_never_comes(stage, options)
         need = self._need(stage)
         if need is not None:
-            refuse_nodes_without_memory(stage, options, need)
+            if not self._elastic:
+                refuse_nodes_without_memory(stage, options, need)
             options["memory"] = need
         if self._pool is None or self._pool.options != options:
             self.close()
             self._pool = Pool(options, elastic=self._elastic)
         self._pool.execute(stage, keys, report)
+        require_one_storage(stage, keys[:1])
 
     def _refuse_what_never_comes(self, stage: Stage[Any], options: dict[str, Any]) -> None:
         """Nothing, if the cluster has room for the processes of a stage, or may grow."""
@@ -179,6 +187,41 @@ def planned_bytes(stage: Stage[Any]) -> int | None:
     return max(need.host for need in (plan.memory.gradients, plan.tile_need, plan.memory.stripes))
 
 
+def require_one_storage(stage: Stage[Any], done: Sequence[Any]) -> None:
+    """Nothing, if this process sees the receipts of keys that workers have done; a shared disk gets a minute for it.
+
+    Raises:
+        ValueError: it doesn't: the workers write on disks of their own.
+    """
+    for key in done:
+        deadline = time.monotonic() + SHARED_SECONDS
+        while stage.run.store.read_receipt(stage.name, str(key)) is None:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"a worker has done key {key} of stage {stage.name}, and its receipt is not in {stage.run.uri} as "
+                    "this process sees it: it wrote on another node's disk. Give --run s3://… or gs://…, or a folder "
+                    "that all nodes share"
+                )
+            time.sleep(1.0)
+
+
+@contextmanager
+def _waiting_told(stage: Stage[Any], options: dict[str, Any]) -> Iterator[None]:
+    """Says after a while what a stage waits for, where no node has it."""
+
+    def say() -> None:
+        if not room_for(options):
+            say_it_waits(stage, options)
+
+    timer = threading.Timer(WAITING_SECONDS, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def refuse_nodes_without_memory(stage: Stage[Any], options: dict[str, Any], need: int) -> None:
     """Nothing, if a node has the memory for a worker, or if none is there yet that could have one.
 
@@ -217,9 +260,12 @@ def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Report, op
             error = cause_of(raised) if isinstance(raised, RayTaskError) else raised
             strikes += 1
             if strikes == TRIES or repeats(error):
-                raise stage_error(stage, {left[0]: error}, len(left)) from raised
+                raise stage_error(stage, {left[0]: error}, len(keys), undone=len(left)) from raised
             outcome: Outcome = "error" if of_work else "lost"
             report(left[0], Attempt(outcome, reason(error), started=began, seconds=now() - began))
+            # Of the last one its answer may be all that was lost.
+            while left and str(left[0]) in sound_receipts(stage.run, stage.name):
+                report(left.popleft())
 
 
 def _execute_together(stage: Stage[Any], keys: Sequence[Any], report: Report, options: dict[str, Any]) -> None:
@@ -229,7 +275,8 @@ def _execute_together(stage: Stage[Any], keys: Sequence[Any], report: Report, op
     try:
         import_module("ray_tracin.distributed").execute_with_ray_train(stage, keys, report, wanted)
     except Exception as error:
-        raise stage_error(stage, {"training together": error}, len(keys)) from error
+        undone = len({str(key) for key in keys} - sound_receipts(stage.run, stage.name).keys())
+        raise stage_error(stage, {"training together": error}, len(keys), undone=undone) from error
 
 
 @no_type_check  # Ray asks whether this is a generator function, which a checking wrapper would hide.

@@ -60,6 +60,18 @@ class Square(Stage[SliceRange]):
 
 
 @dataclass(frozen=True)
+class Refusing(Square):
+    """The same, which no worker on a sick node can begin."""
+
+    name: ClassVar[str] = "refusing"
+
+    def open(self) -> Callable[[SliceRange], Result]:
+        if "SICK" in os.environ:
+            raise ValueError("expected a GPU, this node's is broken")
+        return super().open()
+
+
+@dataclass(frozen=True)
 class GpuSquare(Square):
     """The same, on a GPU."""
 

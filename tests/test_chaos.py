@@ -94,7 +94,7 @@ import json, logging, sys, time
 from pathlib import Path
 import numpy as np, ray
 from ray.cluster_utils import Cluster
-from faulty import ARRAY, Square
+from faulty import ARRAY, Refusing, Square
 from ray_tracin.presets import build_config
 from ray_tracin.costs import collect_events
 from ray_tracin.runs import Run, start_run
@@ -106,13 +106,14 @@ folder.mkdir()
 (folder / "attempts").mkdir()
 small = dict(object_store_memory=80 << 20)
 cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, include_dashboard=False, **small))
-sick = {"env_vars": {"SICK": "1"}} if mode == "sick" else {}
+sick = {"env_vars": {"SICK": "1"}} if mode in ("sick", "refusing") else {}
 sizes = [3] if mode == "between" else [1, 1]
 nodes = [cluster.add_node(num_cpus=cpus, **small, **(sick if at else {})) for at, cpus in enumerate(sizes)]
 ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
 run = start_run(folder / "run", preset="demo", overrides=["resources.lease_seconds=20"])
 troubles = {start: "sick always" for start in range(0, 80, 2)}
-stage = Square(run, folder / "attempts", troubles, length=40 if mode == "sick" else 80, seconds=0.75)
+kind = Refusing if mode == "refusing" else Square
+stage = kind(run, folder / "attempts", troubles, length=40 if sick else 80, seconds=0.75)
 seen, started = [], time.monotonic()
 
 def listen(event):
@@ -170,6 +171,11 @@ def test_a_node_on_which_workers_keep_dying_gets_no_more_of_them(tmp_path: Path)
     assert found["same"], "no key lost all its tries to that node"
     assert (found["extra"], found["counted"]) == (3, 3)
     assert found["processes"] == 4, "three that died, and the one that did everything"
+
+
+def test_a_node_on_which_no_worker_can_begin_is_left_to_itself(tmp_path: Path) -> None:
+    found = in_a_process(NODES, tmp_path / "refusing", "refusing")
+    assert (found["same"], found["extra"], found["counted"], found["processes"]) == (True, 0, 0, 1)
 
 
 AUTOSCALED = """

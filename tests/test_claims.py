@@ -146,6 +146,7 @@ def test_a_driver_that_slept_leaves_the_claim_of_one_with_its_number_alone(objec
         with pytest.raises(ClaimLostError, match=r"was taken over by process 4711 on far-away"):
             claim.check()
         assert json.loads(objects.get("claims/000001.json"))["token"] == other.token
+    assert json.loads(objects.get("claims/000001.json"))["token"] == other.token, "nor is it let go with one's own"
 
 
 def test_the_heart_beats(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:

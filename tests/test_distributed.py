@@ -1,5 +1,6 @@
 """Training in several processes through Ray Train."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,36 @@ import pytest
 import torch
 from conftest import TINY
 
+from ray_tracin.claims import ClaimLostError
+from ray_tracin.learning import Train
 from ray_tracin.pipeline import Executors, run_to
-from ray_tracin.runs import open_run, start_run
+from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor
-from ray_tracin.stages import Event, execute_serially
+from ray_tracin.stages import Attempt, Event, execute_serially
+
+
+class Endless:
+    """A trainer that trains for hours."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def fit(self) -> None:
+        time.sleep(3600)
+
+
+def test_a_driver_that_has_to_stop_does_not_wait_for_the_training(
+    tiny_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_tracin import distributed
+
+    def report(key: object, attempt: Attempt | None = None) -> None:
+        raise ClaimLostError("the run is another's by now")
+
+    monkeypatch.setattr(distributed, "TorchTrainer", Endless)
+    stage, began = Train(tiny_run), time.monotonic()
+    with pytest.raises(ClaimLostError):
+        distributed.execute_with_ray_train(stage, stage.keys(), report, {"CPU": 1.0})
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.ray

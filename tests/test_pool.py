@@ -12,7 +12,7 @@ from conftest import TINY
 from faulty import ARRAY, GpuSquare, Square
 from ray._private.internal_api import memory_summary
 
-from ray_tracin import attribution
+from ray_tracin import attribution, runtime
 from ray_tracin.attribution import Differentiate
 from ray_tracin.costs import collect_events
 from ray_tracin.pipeline import Executors, run_to
@@ -20,7 +20,7 @@ from ray_tracin.planning import plan_of
 from ray_tracin.pool import Pool
 from ray_tracin.presets import build_config
 from ray_tracin.runs import Run, start_run
-from ray_tracin.runtime import RayExecutor, refuse_nodes_without_memory
+from ray_tracin.runtime import RayExecutor, refuse_nodes_without_memory, require_one_storage
 from ray_tracin.stages import Event, StageError, complete, done_receipts, execute_serially, halving
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_cluster")]
@@ -144,6 +144,20 @@ def test_nodes_without_the_memory_of_the_plan_are_refused(run: Run, attempts: Pa
         refuse_nodes_without_memory(stage, {"num_cpus": 1}, 1 << 50)
     refuse_nodes_without_memory(stage, {"num_cpus": 1}, 1 << 20)
     refuse_nodes_without_memory(stage, {"num_gpus": 1, "num_cpus": 0}, 1 << 50)  # None is there yet.
+
+
+def test_receipts_that_this_process_does_not_see_are_another_disk(
+    run: Run, attempts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Square(run, attempts)
+    complete(stage, execute_serially, lambda event: None)
+    require_one_storage(stage, stage.keys())
+    monkeypatch.setattr(runtime, "SHARED_SECONDS", 0.0)
+    Path(run.uri, "receipts").rename(attempts / "elsewhere")
+    with pytest.raises(
+        ValueError, match=r"key 000000-000002 of stage square, and its receipt is not in .*all nodes share"
+    ):
+        require_one_storage(stage, stage.keys())
 
 
 def test_what_this_cluster_will_never_have_is_refused(tmp_path: Path, attempts: Path) -> None:

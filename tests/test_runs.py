@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ray_tracin.claims import ClaimHeldError, driving
 from ray_tracin.runs import Run, open_run, restore_configuration, start_run
 from ray_tracin.soundness import file_problems
 from ray_tracin.store import IncompleteRunError, Receipt
@@ -21,6 +22,13 @@ def test_before_anything_is_computed_the_configuration_may_be_mended(tmp_path: P
     mended = start_run(tmp_path / "run", overrides=["data.root=/right"])
     assert open_run(tmp_path / "run").config == mended.config
     assert mended.config.data.root == "/right"
+
+
+def test_the_configuration_is_not_mended_under_a_driver_that_is_about_to_compute(tmp_path: Path) -> None:
+    run = start_run(tmp_path / "run", preset="demo", overrides=["seed=1"])
+    with driving(run.store.objects), pytest.raises(ClaimHeldError, match="is being computed by process"):
+        start_run(tmp_path / "run", overrides=["seed=2"])
+    assert open_run(tmp_path / "run").config == run.config
 
 
 def test_another_configuration_is_refused_with_every_difference(tmp_path: Path) -> None:

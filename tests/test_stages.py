@@ -181,6 +181,18 @@ def test_a_case_that_is_deleted_before_slices_are_numbered_is_forgotten(own_pati
     assert run.table("skipped").empty
 
 
+def test_a_node_that_does_not_see_the_patients_fails_and_skips_none(own_patients: Path) -> None:
+    folders, run = _cases(own_patients), _start_on(own_patients)
+    stage = Inspect(run)
+    keys = stage.keys()
+    away = own_patients.rename(own_patients.with_name("elsewhere"))  # As where a disk is not mounted.
+    with pytest.raises(FileNotFoundError, match="was there when the cases were listed, and is not on"):
+        execute_serially(stage, keys, lambda key, attempt=None: None)
+    assert run.store.receipts(Inspect.name) == {}
+    away.rename(own_patients)
+    assert _inspected(run) == [folder.name for folder in folders]
+
+
 def test_a_stray_label_value_is_refused_with_a_case_that_has_it_and_mended_by_its_file(own_patients: Path) -> None:
     folders, run = _cases(own_patients), _start_on(own_patients)
     stray = folders[3].name
