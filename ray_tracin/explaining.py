@@ -223,6 +223,7 @@ class _Ranker:
         self._settings = run.config.explainers
         self._regions = TrainRegions.of(run)
         self._global = torch.from_numpy(global_columns(run))
+        self._labelled = run.slices.set_index("slice")["labelled"]
 
     def lists(self, scores: ClassScores, side: str) -> Tensor:
         """Lists that are long enough for what is left of them without global explainers (query, rank)."""
@@ -287,6 +288,7 @@ class _Ranker:
             "query_slice": rows[query.numpy()],
             "query_class": np.int8(scores.query_class),
             "query_patient": patients_of(self._run, rows)[query.numpy()],
+            "query_labelled": self._labelled.reindex(rows).to_numpy(dtype=bool)[query.numpy()],
         }
 
 
@@ -300,9 +302,10 @@ class TabulateRankings(Stage[str]):
     """The tables of all rankings.
 
     ``proponents.parquet`` and ``opponents.parquet``: ``query_set``, ``query_slice``, ``query_class``,
-    ``query_patient``, ``train_slice``, ``train_class``, ``train_patient``, ``influence``, ``cosine``, ``rank`` (among
-    all regions), ``local_rank`` (among those that are no global explainers; 0 for these), ``is_global``, ``ranked_by``:
-    for each query region the first ``explainers.top_k`` local ones and the global ones before them.
+    ``query_patient``, ``query_labelled`` (false where the network's own prediction stands in for the ground truth),
+    ``train_slice``, ``train_class``, ``train_patient``, ``influence``, ``cosine``, ``rank`` (among all regions),
+    ``local_rank`` (among those that are no global explainers; 0 for these), ``is_global``, ``ranked_by``: for each
+    query region the first ``explainers.top_k`` local ones and the global ones before them.
 
     ``patient_proponents.parquet`` and ``patient_opponents.parquet``: by patient, ``influence`` and ``cosine`` summed
     over the patient's ``regions`` that are no global explainers, and their means, ranked by the sum, the largest first

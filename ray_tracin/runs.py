@@ -201,8 +201,13 @@ class Run:
         return sorted([*top, *(path.removesuffix(".parquet") for path in found if "/" not in path)])
 
     def write_table(self, path: str, table: pd.DataFrame) -> None:
-        """Write a Parquet file that says in the metadata of its schema what was differentiated; recorded."""
-        self.store.write_table(path, table, about={"ray_tracin": json.dumps(self.config.differentiated())})
+        """Write a Parquet file that says in the metadata of its schema what was differentiated; recorded.
+
+        And on which slices the network's own prediction stands in for the ground truth.
+        """
+        unlabelled = self.slices.loc[~self.slices["labelled"].astype(bool), "slice"]
+        about = {**self.config.differentiated(), "unlabelled_slices": sorted(int(row) for row in unlabelled)}
+        self.store.write_table(path, table, about={"ray_tracin": json.dumps(about)})
 
 
 def torch_bytes(values: Mapping[str, Any]) -> bytes:

@@ -242,7 +242,9 @@ def test_files_keep_the_contract(tiny_run: Run) -> None:
     tables = ["regions", "tables/proponents", "tables/opponents", "tables/self_influence", "tables/feature_importance"]
     parts = Path(run.uri).glob("tables/influence/**/*.parquet")
     for path in (*(Path(run.uri) / f"{name}.parquet" for name in tables), *parts):
-        assert json.loads(pq.read_schema(path).metadata[b"ray_tracin"]).items() <= about.items(), path
+        said = json.loads(pq.read_schema(path).metadata[b"ray_tracin"])
+        assert said.pop("unlabelled_slices") == [], path
+        assert said.items() <= about.items(), path
     columns = {
         "slices.parquet": "slice patient grade split index pixels_1 pixels_2 pixels_3 source",
         "checkpoints.parquet": "epoch optimizer learning_rate file influence dice_train_1 dice_validation_3 loss",
@@ -379,7 +381,7 @@ def test_a_patient_without_ground_truth_is_a_query_and_says_so(patients: Path, t
     case = sorted((root / "HGG").iterdir())[0]
     (case / f"{case.name}_seg.nii.gz").unlink()
     run = start_run(tmp_path / "run", preset="demo", overrides=[*TINY, f"data.root={root}"])
-    finish(run, "influence")
+    finish(run, "explainers")
     table = run.slices
     mine = table[table.case == case.name]
     assert (mine.split == "test").all()
@@ -394,6 +396,12 @@ def test_a_patient_without_ground_truth_is_a_query_and_says_so(patients: Path, t
     assert (there.overlap == 1).all(), "the prediction stands in for the truth"
     explained = explain_region(run, case.name, *_first_region(run, there))
     assert "this slice has no ground truth: the network's own prediction stands in for it" in explained.warnings
+    for name in ("proponents", "opponents"):
+        ranked = run.table(name)
+        assert (ranked.query_labelled != ranked.query_slice.isin(mine.slice)).all()
+        assert not ranked.query_labelled.all()
+    said = pq.read_schema(Path(run.uri) / "tables/global_explainers.parquet").metadata[b"ray_tracin"]
+    assert json.loads(said)["unlabelled_slices"] == list(mine.slice)
     position = queries.index(explained.slice)
     row = tensor(run, "test")[explained.class_id - 1, position]
     assert explained.proponents.influence.iloc[0] == row[~row.isnan()].max().item()
