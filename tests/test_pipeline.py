@@ -381,7 +381,7 @@ def test_a_patient_without_ground_truth_is_a_query_and_says_so(patients: Path, t
     case = sorted((root / "HGG").iterdir())[0]
     (case / f"{case.name}_seg.nii.gz").unlink()
     run = start_run(tmp_path / "run", preset="demo", overrides=[*TINY, f"data.root={root}"])
-    finish(run, "explainers")
+    finish(run, "influence")
     table = run.slices
     mine = table[table.case == case.name]
     assert (mine.split == "test").all()
@@ -396,15 +396,16 @@ def test_a_patient_without_ground_truth_is_a_query_and_says_so(patients: Path, t
     assert (there.overlap == 1).all(), "the prediction stands in for the truth"
     explained = explain_region(run, case.name, *_first_region(run, there))
     assert "this slice has no ground truth: the network's own prediction stands in for it" in explained.warnings
+    position = queries.index(explained.slice)
+    row = tensor(run, "test")[explained.class_id - 1, position]
+    assert explained.proponents.influence.iloc[0] == row[~row.isnan()].max().item()
+    finish(run, "explainers")
     for name in ("proponents", "opponents"):
         ranked = run.table(name)
         assert (ranked.query_labelled != ranked.query_slice.isin(mine.slice)).all()
         assert not ranked.query_labelled.all()
     said = pq.read_schema(Path(run.uri) / "tables/global_explainers.parquet").metadata[b"ray_tracin"]
     assert json.loads(said)["unlabelled_slices"] == list(mine.slice)
-    position = queries.index(explained.slice)
-    row = tensor(run, "test")[explained.class_id - 1, position]
-    assert explained.proponents.influence.iloc[0] == row[~row.isnan()].max().item()
 
 
 def _first_region(run: Run, regions: pd.DataFrame) -> tuple[int, str]:
