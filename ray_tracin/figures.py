@@ -17,6 +17,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, SymLogNorm, to_rgb
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.text import Text
 
 from ray_tracin.charts import WIDTH_INCHES, class_colours, draw_feature_impact, draw_proponent_classes, printed
 from ray_tracin.curves import draw_feature_curves
@@ -68,7 +69,7 @@ def draw_explanation(run: Run, found: RegionExplanation, path: Path, *, shown: i
         f"{found.ranked_by} influence\nfilled: predicted with confidence; line: ground truth",
         fontsize=8,
     )
-    path.write_bytes(_png(figure, SCREEN_DPI))
+    path.write_bytes(render(figure, SCREEN_DPI))
 
 
 def _draw_row(run: Run, axes: Sequence[Axes], row: int, class_id: int, label: str) -> None:
@@ -129,7 +130,7 @@ class DrawFigures(Stage[str]):
         """Draw one and write it."""
 
         def draw(key: str) -> Result:
-            self.run.store.write_bytes(f"figures/{key}.png", _png(FIGURES[key](self.run)))
+            self.run.store.write_bytes(f"figures/{key}.png", render(FIGURES[key](self.run)))
             return {}
 
         return draw
@@ -236,7 +237,11 @@ _NEEDS: dict[str, set[str]] = {"figure_4": {"train"}, "figure_6": {"test"}, "fig
 """The query sets without which a figure has nothing to show."""
 
 
-def _png(figure: Figure, dpi: int = PRINT_DPI) -> bytes:
+def render(figure: Figure, dpi: int = PRINT_DPI) -> bytes:
+    """A figure as a PNG file."""
+    for text in figure.findobj(Text):
+        # Names of patients and classes may hold dollars; formulas stand on scales alone.
+        text.set_parse_math("$" not in text.get_text() or "\\mathdefault" in text.get_text())
     sink = BytesIO()
     figure.savefig(sink, format="png", dpi=dpi, metadata={"Software": "ray_tracin"})
     return sink.getvalue()

@@ -121,7 +121,7 @@ def find_cases(config: DataConfig) -> tuple[list[Case], list[Skipped]]:
     if not cases:
         raise ValueError(f"{root}: no case is left with data.grade {config.grade} and data.cohort {config.cohort}")
     if config.strict and skipped:
-        raise ValueError(f"data.strict is set and {skipped[0].case} can't be used: {skipped[0].reason}")
+        raise ValueError(f"{skipped[0].case} can't be used, and none may be left out: {skipped[0].reason}")
     return sorted(cases, key=lambda case: case.case), sorted(skipped, key=lambda skip: (skip.case, skip.path))
 
 
@@ -301,14 +301,23 @@ def _is_given(value: str) -> bool:
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and stripped values of every row that isn't blank."""
     with path.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
+        reader = csv.DictReader(stream, strict=True)
         try:
+            _refuse_twin_columns(path, [name.strip() for name in reader.fieldnames or ()])
             for row in reader:
                 values = {str(column).strip(): str(value or "").strip() for column, value in row.items() if column}
                 if any(values.values()):
                     yield reader.line_num, values
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: expected text in UTF-8, found other bytes: save it as UTF-8 ({error})") from None
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}: close or double its quotes") from None
+
+
+def _refuse_twin_columns(path: Path, names: Sequence[str]) -> None:
+    twins = sorted({name for name in names if name and names.count(name) > 1})
+    if twins:
+        raise ValueError(f"{path}: expected different columns, found {', '.join(twins)} twice: rename or remove one")
 
 
 def _listed_cases(listing: Path, config: DataConfig) -> Iterator[Case | Skipped]:

@@ -81,7 +81,9 @@ def refuse_no_run(uri: str) -> None:
 def repair(uri: str) -> list[str]:
     """Restore the configuration's files and delete those that belong to no key; what was done, a line a file.
 
-    What is damaged besides is computed by running the command again.
+    What is damaged besides is computed by running the command again. Nothing is deleted while a receipt is missing or
+    unreadable, because the files that it named look foreign too, nor where the configuration had to be restored:
+    without it, `verify` could not say what would be.
 
     Raises:
         ValueError: the configuration can't be restored.
@@ -92,7 +94,11 @@ def repair(uri: str) -> list[str]:
     with driving(store.objects):
         done = [f"{path}: restored" for path in restore_configuration(uri)]
         run = open_run(uri)
-        foreign = [line.rsplit(":", 1)[0] for line in _foreign(run, _read_evidence(run))]
+        evidence = _read_evidence(run)
+        foreign = [line.rsplit(":", 1)[0] for line in _foreign(run, evidence)]
+        if foreign and (done or evidence.unreadable or any(_missing(evidence))):
+            again = "`ray-tracin verify` lists them" if done else "the same command as before completes the run"
+            return [*done, f"{len(foreign)} files that no receipt names are left for now: {again}; then repair again"]
         run.store.objects.delete(foreign)
         return [*done, *(f"{path}: deleted" for path in foreign)]
 

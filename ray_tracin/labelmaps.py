@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from matplotlib.colors import to_rgb
+from torch import nn
 
 from ray_tracin import store as paths
 from ray_tracin.arithmetic import arithmetic
@@ -21,7 +22,7 @@ from ray_tracin.preparation import Inspect, case_slices, label_scheme
 from ray_tracin.regions import predicted_labels
 from ray_tracin.runs import FINAL, Run, pick_device
 from ray_tracin.store import Array
-from ray_tracin.vocabulary import CaseKey
+from ray_tracin.vocabulary import CaseKey, UsageError
 from ray_tracin.volumes import Inspection, paste_slices
 
 SLICER_TABLE, SNAP_TABLE = "labels.ctbl", "labels_itksnap.txt"
@@ -40,18 +41,22 @@ def export_label_maps(run: Run, out: Path, patient: str | None = None) -> Iterat
     confident (the explained ones). ``labels.ctbl`` colours them in 3D Slicer, ``labels_itksnap.txt`` in ITK-SNAP.
 
     Raises:
-        UsageError: there is no such patient.
+        UsageError: there is no such patient, or the folder is a file.
         ValueError: the original file, which has the orientation, is gone or another one.
-        IncompleteRunError: the network is not trained or its regions are not mapped yet.
+        FileNotFoundError: the network is not trained yet.
+        IncompleteRunError: its regions are not mapped yet.
     """
     cases = _cases(run, patient)
+    if out.is_file():
+        raise UsageError(f"--out: expected a folder, found the file {out}")
+    network = run.model(FINAL).to(pick_device(run))
     out.mkdir(parents=True, exist_ok=True)
     for name, text in ((SLICER_TABLE, slicer_table(run)), (SNAP_TABLE, snap_table(run))):
         (out / name).write_text(text)
         yield out / name
     for case in cases:
         rows = case_slices(run, case)[1]
-        for kind, planes in (("prediction", _predictions(run, rows)), ("regions", _regions(run, rows))):
+        for kind, planes in (("prediction", _predictions(run, network, rows)), ("regions", _regions(run, rows))):
             path = out / f"{CaseKey(case)}_{kind}.nii.gz"
             path.write_bytes(label_map(run, case, planes))
             yield path
@@ -122,9 +127,8 @@ def _original_grid(run: Run, case: str) -> Grid:
     return grid
 
 
-def _predictions(run: Run, rows: Sequence[int]) -> UInt8[np.ndarray, "slice h w"]:
+def _predictions(run: Run, network: nn.Module, rows: Sequence[int]) -> UInt8[np.ndarray, "slice h w"]:
     device = pick_device(run)
-    network = run.model(FINAL).to(device)
     with torch.inference_mode(), arithmetic():
         batches = torch.from_numpy(run.images(rows)).split(PREDICTED_SLICES)
         parts = [predicted_labels(network(batch.to(device))).cpu() for batch in batches]

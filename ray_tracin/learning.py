@@ -93,17 +93,25 @@ def train_to(run: Run, trainer: Trainer, key: EpochKey, *, writes: bool) -> dict
 
 def _refuse_another_network(run: Run, key: EpochKey, weights: Mapping[str, Any]) -> None:
     """Nothing, unless the epoch was finished before with other weights: what the run holds was built on those."""
-    earlier, path = run.store.read_receipt(Train.name, str(key)), paths.checkpoint_path(str(key))
-    if earlier is None or earlier.fingerprint != run.fingerprint:
-        return
-    before = next((file for file in earlier.files if file.path == path), None)
-    if before is None or before.crc32c == checksum(torch_bytes(weights)):
+    path = paths.checkpoint_path(str(key))
+    before = _former_checksum(run, key, path)
+    if before is None or before == checksum(torch_bytes(weights)):
         return
     raise ValueError(
-        f"a file of {key} was lost or damaged, and training again gave another network than {earlier.worker} had made: "
+        f"a file or the receipt of {key} was lost or damaged, and training again gave another network than before: "
         "another number of threads, CPU or GPU rounds otherwise. Regions and gradients were made with the former one: "
         f"restore {path} from a copy, go on where it was made, or begin a new run"
     )
+
+
+def _former_checksum(run: Run, key: EpochKey, path: str) -> int | None:
+    """Of the checkpoint that an epoch had left, by its receipt; without one by the file, if regions were made of it."""
+    earlier = run.store.read_receipt(Train.name, str(key))
+    if earlier is not None:
+        files = earlier.files if earlier.fingerprint == run.fingerprint else ()
+        return next((file.crc32c for file in files if file.path == path), None)
+    built = run.store.objects.size(paths.REGIONS) is not None and run.store.objects.size(path) is not None
+    return checksum(run.store.objects.get(path)) if built else None
 
 
 def _rewind(run: Run, trainer: Trainer, key: EpochKey) -> None:

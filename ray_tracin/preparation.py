@@ -32,6 +32,9 @@ from ray_tracin.volumes import (
     split_patients,
 )
 
+SHOWN_CASES = 10
+"""Cases that an error lists."""
+
 
 @dataclass(frozen=True)
 class Inspect(Stage[CaseKey]):
@@ -92,7 +95,7 @@ class Index(Stage[str]):
     def _index(self) -> Result:
         config, store = self.run.config, self.run.store
         inspections, skipped = usable_cases(self.run)
-        reasons = "".join(f"\n  {row['case']}: {row['reason']}" for row in skipped)
+        reasons = _reasons(skipped)
         if not inspections:
             raise ValueError(f"none of the {len(skipped)} cases in {config.data.root} can be used:{reasons}")
         # Whatever is missing may be in what was left out.
@@ -281,6 +284,13 @@ def _states(case: Case) -> dict[str, list[int]]:
 
 def _files(case: Case) -> list[Path]:
     return [*case.modalities.values(), *([] if case.label is None else [case.label])]
+
+
+def _reasons(skipped: Sequence[Mapping[str, str]]) -> str:
+    """Why the first of the cases were left out, a line each."""
+    told = [row["reason"].removeprefix(f"{row['case']}: ") for row in skipped[:SHOWN_CASES]]
+    lines = [f"\n  {row['case']}: {reason}" for row, reason in zip(skipped, told, strict=False)]
+    return "".join(lines) + (f"\n  … and {len(skipped) - SHOWN_CASES} more" if len(skipped) > SHOWN_CASES else "")
 
 
 def _require_all(case: Case, there: Mapping[str, list[int]]) -> None:

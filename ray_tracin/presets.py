@@ -3,7 +3,7 @@
 It doesn't know what settings there are, only that `config` does: an unknown one is an error that lists the known ones.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -63,7 +63,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ValueError("\n".join(_explained(problem) for problem in error.errors())) from None
+        raise ValueError("\n".join(_lines(error.errors()))) from None
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
@@ -106,13 +106,46 @@ def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any
     return result
 
 
+def _lines(problems: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line a setting: of one that may be of several types there is a problem with each."""
+    alike: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for problem in problems:
+        alike.setdefault((_setting(problem["loc"]), repr(problem["input"])), []).append(problem)
+    for (setting, _), found in alike.items():
+        if len(found) == 1:
+            yield _explained(found[0])
+        else:
+            yield f"{setting}: " + ", or ".join(_message(problem) for problem in found) + _got(found[0])
+
+
+def _setting(location: Sequence[str | int]) -> str:
+    """Where a problem is, without what pydantic adds for types and elements."""
+    section: type[BaseModel] = RunConfig
+    path = list[str]()
+    for part in map(str, location):
+        field = section.model_fields.get(part)
+        path.append(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        section = field.annotation
+    return ".".join(path)
+
+
+def _message(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "tuple_type":
+        return "expected a list such as [a, b]"
+    return str(problem["msg"]).removeprefix("Value error, ")
+
+
+def _got(problem: Mapping[str, Any]) -> str:
+    return "" if isinstance(problem["input"], BaseModel | Mapping) else f", got {problem['input']!r}"
+
+
 def _explained(problem: Mapping[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     where = ".".join(location) or "configuration"
     if problem["type"] != "extra_forbidden":
-        message = str(problem["msg"]).removeprefix("Value error, ")
-        shown = "" if isinstance(problem["input"], BaseModel | Mapping) else f", got {problem['input']!r}"
-        return f"{where}: {message}{shown}"
+        return f"{where}: {_message(problem)}{_got(problem)}"
     section = _section(RunConfig, location[:-1])
     return f"unknown setting {where!r}; known here: {', '.join(sorted(section.model_fields))}"
 

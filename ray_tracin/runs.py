@@ -33,6 +33,8 @@ FINAL = "final"
 """The network after the last epoch."""
 RECORD = ("run", "configuration")
 """Stage and key of the receipt of the configuration's own files, which holds their text too."""
+PRELIMINARY = (RECORD[0], "inspect", "events")
+"""Stages whose receipts keep nobody from another configuration: they are made again for it."""
 TOP_TABLES = ("slices", "regions", "checkpoints", "skipped", "events")
 PACKAGES = ("ray_tracin", "torch", "numpy", "zarr", "ray", "monai", "nibabel", "pyarrow")
 
@@ -140,7 +142,12 @@ class Run:
         """
         if (name is None) == (epoch is None):
             raise ValueError("give a name such as 'final', or an epoch")
-        weights = self.load_torch(paths.checkpoint_path(name or checkpoint_name(epoch or 0)))
+        path = paths.checkpoint_path(name or checkpoint_name(epoch or 0))
+        if self.store.objects.size(path) is None:
+            raise FileNotFoundError(
+                f"{self.uri} has no {path}: `ray-tracin train --run {self.uri}` makes what is missing"
+            )
+        weights = self.load_torch(path)
         model = build_unet(self.config.model, len(self.modalities), len(self.classes), self.config.seed)
         model.load_state_dict(weights)
         return model.eval()
@@ -324,7 +331,7 @@ def _wanted(
 
 
 def _has_begun(store: RunStore) -> bool:
-    return any(not path.startswith(f"{paths.RECEIPTS}/{RECORD[0]}/") for path in store.objects.sizes(paths.RECEIPTS))
+    return any(path.split("/")[1] not in PRELIMINARY for path in store.objects.sizes(paths.RECEIPTS))
 
 
 def _absolute(root: str | None) -> str | None:

@@ -156,6 +156,8 @@ class RayExecutor:
             if "num_gpus" in options
             else "resources.threads or resources.training_threads"
         )
+        if stage.processes > 1:
+            settings = f"training.workers, {settings}"
         raise ValueError(
             f"stage {stage.name} wants {stage.processes} × {wanted}, and Ray has {here.get('CPU', 0):g} CPUs and "
             f"{here.get('GPU', 0):g} GPUs here, and won't get more: change {settings}, or give --address of a cluster"

@@ -299,9 +299,7 @@ def _listed(indices: Sequence[int], length: int, case: str) -> tuple[int, ...]:
     if len(set(indices)) < len(indices) or min(indices) < 0:
         raise ValueError(f"data.slices.indices must be different positions from 0 on, got {list(indices)}")
     if max(indices) >= length:
-        raise VolumeError(
-            f"{case}: expected slice {max(indices)}, found slices 0 to {length - 1}: change data.slices.indices"
-        )
+        raise VolumeError(f"{case}: expected slice {max(indices)}, found slices 0 to {length - 1}: choose from these")
     return tuple(sorted(indices))
 
 

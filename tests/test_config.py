@@ -45,6 +45,11 @@ def test_an_unknown_key_is_named_with_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        (
+            "report.queries=0",
+            r"report\.queries: Input should be 'all', or .* greater than 0, or expected a list .* got 0$",
+        ),
+        ("data.modalities=t1", r"data\.modalities: expected a list such as \[a, b\], got 't1'"),
         ("model.width=-1", r"model\.width: Input should be greater than 0, got -1"),
         ("training.epochs=3", r"asks for epochs \[6, 7, 8, 9, 10\], training\.epochs is 3"),
         ("data.size=100", r"data\.size must be a multiple of 16 for a UNet of 5 levels, got 100"),

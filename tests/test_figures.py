@@ -2,8 +2,16 @@ import warnings
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from ray_tracin.figures import MATRIX_PIXELS, PRINT_DPI, draw_influence_matrix, draw_modalities, reduced_matrix
+from ray_tracin.figures import (
+    MATRIX_PIXELS,
+    PRINT_DPI,
+    draw_influence_matrix,
+    draw_modalities,
+    reduced_matrix,
+    render,
+)
 from ray_tracin.runs import Run
 
 
@@ -28,6 +36,16 @@ def test_a_large_matrix_is_averaged_in_blocks_that_keep_to_their_class(tiny_run:
             for j, (left, right) in enumerate(zip(starts, stops, strict=True)):
                 expected[i, j] = np.nanmean(matrix[top:bottom, left:right])
     np.testing.assert_allclose(reduced_matrix(tiny_run, pixels), expected)
+
+
+def test_names_may_hold_dollars_and_scales_keep_their_powers() -> None:
+    figure = Figure()
+    axis = figure.subplots()
+    axis.set_title(r"$core{$, p$\frac{0}$")
+    axis.set_xticks([0, 1], [r"$\frac{$", "b"])
+    axis.set_yscale("log")
+    assert render(figure).startswith(b"\x89PNG")
+    assert any("mathdefault" in label.get_text() and label.get_parse_math() for label in axis.get_yticklabels())
 
 
 def test_the_matrix_is_symmetric_on_paper_too(tiny_run: Run) -> None:

@@ -206,7 +206,8 @@ def test_strict_fails_on_the_first_that_is_skipped(tmp_path: Path) -> None:
     add_case(tmp_path / "BraTS2021_00000")
     (tmp_path / "BraTS2021_00007").mkdir()
     assert message(tmp_path, strict=True) == (
-        "data.strict is set and BraTS2021_00007 can't be used: expected NIfTI files, found none: extract the case again"
+        "BraTS2021_00007 can't be used, and none may be left out: "
+        "expected NIfTI files, found none: extract the case again"
     )
 
 
@@ -326,6 +327,16 @@ def test_a_filter_that_leaves_nothing_says_so(tmp_path: Path) -> None:
 
 
 # CSV
+
+
+def test_quotes_that_are_never_closed_and_twin_columns_are_refused(tmp_path: Path) -> None:
+    header = "patient,t1,t1ce,t2,flair,label\n"
+    path = listing(tmp_path, header + 'a,"x,x,x,x,\nb,x,x,x,x,\n')
+    with pytest.raises(ValueError, match=r"dataset\.csv, line 1: unexpected end of data: close or double its quotes"):
+        find_cases(DataConfig(root=str(path)))
+    path = listing(tmp_path, "patient,t1,t1ce,t2,flair,label, t1\na,x,x,x,x,,y\n")
+    with pytest.raises(ValueError, match=r"expected different columns, found t1 twice"):
+        find_cases(DataConfig(root=str(path)))
 
 
 def listing(root: Path, text: str, name: str = "dataset.csv", encoding: str = "utf-8") -> Path:

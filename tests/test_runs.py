@@ -24,6 +24,17 @@ def test_before_anything_is_computed_the_configuration_may_be_mended(tmp_path: P
     assert mended.config.data.root == "/right"
 
 
+def test_what_was_only_inspected_may_still_be_configured_otherwise(tmp_path: Path) -> None:
+    run = start_run(tmp_path / "run", preset="demo")
+    for stage in ("inspect", "events"):
+        run.store.write_receipt(Receipt(stage, "case", run.fingerprint))
+    scheme = start_run(tmp_path / "run", overrides=["data.label_scheme=brats2024"])
+    assert open_run(tmp_path / "run").config == scheme.config
+    run.store.write_receipt(Receipt("index", "slices", scheme.fingerprint))
+    with pytest.raises(ValueError, match="has another configuration"):
+        start_run(tmp_path / "run", overrides=["data.label_scheme=brats2023"])
+
+
 def test_the_configuration_is_not_mended_under_a_driver_that_is_about_to_compute(tmp_path: Path) -> None:
     run = start_run(tmp_path / "run", preset="demo", overrides=["seed=1"])
     with driving(run.store.objects), pytest.raises(ClaimHeldError, match="is being computed by process"):
@@ -33,7 +44,7 @@ def test_the_configuration_is_not_mended_under_a_driver_that_is_about_to_compute
 
 def test_another_configuration_is_refused_with_every_difference(tmp_path: Path) -> None:
     run = start_run(tmp_path / "run", preset="demo")
-    run.store.write_receipt(Receipt("inspect", "case", run.fingerprint))
+    run.store.write_receipt(Receipt("index", "slices", run.fingerprint))
     message = r"has another configuration[\s\S]*model\.width: 8 → 16[\s\S]*seed: 0 → 9[\s\S]*give another --run"
     with pytest.raises(ValueError, match=message):
         start_run(tmp_path / "run", overrides=["seed=9", "model.width=16"])
@@ -106,7 +117,7 @@ def test_a_relative_folder_of_patients_is_the_same_from_anywhere(
     monkeypatch.chdir(tmp_path)
     begun = start_run(tmp_path / "run", preset="demo", overrides=["data.root=patients"])
     assert begun.config.data.root == str(tmp_path / "patients")
-    begun.store.write_receipt(Receipt("inspect", "a", begun.fingerprint))
+    begun.store.write_receipt(Receipt("index", "slices", begun.fingerprint))
     monkeypatch.chdir(tmp_path / "elsewhere")
     for root in (str(tmp_path / "patients"), "../patients"):
         assert start_run(tmp_path / "run", overrides=[f"data.root={root}"]).fingerprint == begun.fingerprint

@@ -112,10 +112,23 @@ def test_a_checkpoint_that_comes_out_otherwise_is_refused_and_as_it_was_is_mende
     run.store.write(paths.IMAGES, selection, -images)
     file.write_bytes(b"damaged")
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"a file of epoch_02 was lost .* restore checkpoints/epoch_02"):
+        with pytest.raises(
+            ValueError, match=r"a file or the receipt of epoch_02 was lost .* restore checkpoints/epoch_02"
+        ):
             _complete(Train(run), execute_serially)
         assert (file.read_bytes(), final.read_bytes()) == (b"damaged", whole), "nothing is written over"
         assert run.store.read_receipt("train", key) == before
+    # The same without a receipt, once regions were made of the checkpoint, which then is the only evidence.
+    receipt = tmp_path / f"run/{before.path}"
+    text = receipt.read_bytes()
+    receipt.write_bytes(b"")
+    file.write_bytes(whole)
+    run.store.write_bytes(paths.REGIONS, b"a table")
+    with pytest.raises(ValueError, match=r"the receipt of epoch_02 was lost"):
+        _complete(Train(run), execute_serially)
+    assert file.read_bytes() == whole
+    receipt.write_bytes(text)
+    file.write_bytes(b"damaged")
     run.store.write(paths.IMAGES, selection, images)
     events = _complete(Train(run), execute_serially)
     assert [event.key for event in events if event.kind == "done"] == [key]

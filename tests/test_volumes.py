@@ -238,7 +238,7 @@ def test_listed_slices_are_ascending() -> None:
             95,
             None,
             {"selection": "list", "indices": list(range(90, 100))},
-            "case: expected slice 99, found slices 0 to 94: change data.slices.indices",
+            "case: expected slice 99, found slices 0 to 94: choose from these",
         ),
         (
             20,
