@@ -93,6 +93,7 @@ def explain_region(
 ) -> RegionExplanation:
     """The k strongest proponents and opponents, and the k most neutral, of a region (patient or case, slice, class).
 
+    Proponents are above 0 and opponents below, so there may be fewer; tables of rankings hold the first ones anyway.
     Global explainers, which explain everything alike, are left out unless ``keep_global``.
 
     Raises:
@@ -110,7 +111,8 @@ def explain_region(
         raise ValueError(_no_region(run, row, class_name))
     is_global, features, missing = _context(run, class_id)
     left_out = torch.zeros_like(is_global) if keep_global else is_global
-    keys = {side: sign * scores.ranked for side, sign in SIDES.items()} | {"neutral": neutrality(run, scores.ranked)}
+    keys = {side: above_zero(sign * scores.ranked) for side, sign in SIDES.items()}
+    keys["neutral"] = neutrality(run, scores.ranked)
     lists = {name: _first(key, left_out, k) for name, key in keys.items()}
     rows = {name: _ranking(run, scores, found, is_global) for name, found in lists.items()}
     about = region_features(run, row, class_id, features)
@@ -139,6 +141,11 @@ def query_scores(run: Run, query_set: QuerySet, position: int, class_id: int) ->
     """Influence and cosine of every train region on the region of one class and one slice of a query set."""
     found = list(StripeReader(run).read(Stripe(query_set, position, position + 1)))
     return found[class_id - 1]
+
+
+def above_zero(key: Tensor) -> Tensor:
+    """The key of a side without those who are not on it: NaN for all that isn't above 0."""
+    return torch.where(key > 0, key, torch.nan)
 
 
 def neutrality(run: Run, score: Float[Tensor, "query column"]) -> Float[Tensor, "query column"]:

@@ -98,7 +98,7 @@ def repair(uri: str) -> list[str]:
         foreign = [line.rsplit(":", 1)[0] for line in _foreign(run, evidence)]
         if foreign and (done or evidence.unreadable or any(_missing(evidence))):
             again = "`ray-tracin verify` lists them" if done else "the same command as before completes the run"
-            return [*done, f"{len(foreign)} files that no receipt names are left for now: {again}; then repair again"]
+            return [*done, f"files that no receipt names are left for now ({len(foreign)}): {again}; then repair again"]
         run.store.objects.delete(foreign)
         return [*done, *(f"{path}: deleted" for path in foreign)]
 

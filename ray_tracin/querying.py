@@ -289,12 +289,18 @@ def _rankings(run: Run, scan: Scan, influence: Tensor, k: int) -> pd.DataFrame:
         for class_id, position in _existing(influence)
         for side, columns in zip(
             ("proponent", "opponent"),
-            (found.tolist() for found in rank_influence(ranked[class_id - 1, position], k)),
+            _sides(ranked[class_id - 1, position], k),
             strict=True,
         )
     ]
     first = ["case", "index", "class_id", "class_name", "side", "rank", "influence"]
     return pd.concat(frames, ignore_index=True)[[*first, *train.columns]]
+
+
+def _sides(influence: Tensor, k: int) -> tuple[list[int], list[int]]:
+    """The columns of the k largest above 0, and of the k smallest below."""
+    proponents, opponents = rank_influence(influence, k)
+    return proponents[influence[proponents] > 0].tolist(), opponents[influence[opponents] < 0].tolist()
 
 
 def _existing(influence: Tensor) -> Iterator[tuple[int, int]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from ray_tracin.phantom import write_patients
 from ray_tracin.pipeline import STEPS, Executors, run_to
@@ -13,6 +14,9 @@ from ray_tracin.runs import Run, start_run
 from ray_tracin.stages import execute_serially
 
 torch.set_num_threads(1)
+# A law's first example may wait for another process of the tests.
+settings.register_profile("steady", deadline=None)
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session")

@@ -82,6 +82,7 @@ def assert_ranked(found: RegionExplanation, table: pd.DataFrame, by: str, k: int
     }
     for name, ordered in orders.items():
         ranked = ordered.assign(rank=np.arange(1, len(ordered) + 1))
+        ranked = ranked[{"proponent": ranked[by] > 0, "opponent": ranked[by] < 0}.get(name, slice(None))]
         check(found.rankings[name], ranked[keep_global | ~ranked.is_global].head(k))
 
 
@@ -142,8 +143,8 @@ def test_the_picture_has_neutral_regions_and_the_links(
     if not with_features:
         (Path(planted.uri) / "tables/feature_trends.parquet").unlink()
     found = explain_region(planted, *first_region(planted, "test")[:3])
-    drawn, png = [], figures._png
-    monkeypatch.setattr(figures, "_png", lambda figure, dpi: drawn.append(figure) or png(figure, dpi))
+    drawn, png = [], figures.render
+    monkeypatch.setattr(figures, "render", lambda figure, dpi: drawn.append(figure) or png(figure, dpi))
     figures.draw_explanation(planted, found, tmp_path / "x.png", shown=3)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     panels, links = drawn[0].subfigs

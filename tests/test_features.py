@@ -63,7 +63,7 @@ def expected_sums(influence, query, train):
     return sums, counts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), queries=st.integers(0, 5), columns=st.integers(1, 9), features=st.integers(1, 4))
 def test_sums_along_the_ranking_equal_the_loop(seed, queries, columns, features):
     rng = np.random.default_rng(seed)

@@ -160,7 +160,7 @@ def test_the_same_slices_on_both_sides_are_exactly_symmetric(deep):
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(200, 20_000))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_tiles_of_any_size_hold_the_same_kernel(deep, side, other, chunk_values):
     layout, values, gradients = deep
     whole = oracle.kernel(gradients, gradients)

@@ -201,8 +201,9 @@ def test_what_an_unreadable_receipt_named_is_not_deleted(tiny_run: Run, tmp_path
     receipt.write_bytes(b"")
     (home / "stray.csv").write_bytes(b"x")
     (left,) = repair(str(home))
-    assert left.endswith(
-        "no receipt names are left for now: the same command as before completes the run; then repair again"
+    assert left == (
+        "files that no receipt names are left for now (3): the same command as before completes the run; "
+        "then repair again"
     )
     receipt.unlink()
     assert repair(str(home)) == [left]
@@ -211,7 +212,7 @@ def test_what_an_unreadable_receipt_named_is_not_deleted(tiny_run: Run, tmp_path
     (home / "versions.json").write_bytes(b"{")
     restored, left = repair(str(home))
     assert restored == "versions.json: restored"
-    assert left.startswith("1 files that no receipt names are left for now: `ray-tracin verify` lists them")
+    assert left.startswith("files that no receipt names are left for now (1): `ray-tracin verify` lists them")
     assert repair(str(home)) == ["stray.csv: deleted"]
 
 

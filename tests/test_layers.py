@@ -51,7 +51,7 @@ SEGMENTS = [segment(), TRANSPOSED, LINEAR, GRADIENT]
 
 
 @given(st.sampled_from(SEGMENTS), st.integers(1, 300))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_chunks_partition_the_columns(one, columns):
     packed = rows(one)
     (whole,) = (torch.cat(list(expand(one, packed, 2, columns=10**9)), 2),)

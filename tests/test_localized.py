@@ -49,7 +49,7 @@ def call(move, values, weight, bias):
 
 
 @given(moves(), st.integers(0, 2**16))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_input_gradients_are_those_of_the_whole(move, seed):
     _, kernel, *_, groups, space = move
     generator = torch.Generator().manual_seed(seed)
@@ -73,7 +73,7 @@ def test_input_gradients_are_those_of_the_whole(move, seed):
 
 
 @given(moves())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_box_of_windows_is_seen_by_its_points_and_no_others(move):
     _, kernel, stride, padding, _, dilation, groups, space = move
     geometry = Geometry(kernel, stride, dilation, tuple((width, width) for width in padding), groups)

@@ -73,7 +73,7 @@ def test_arrays_and_parts_of_them_give_back_what_was_kept(packed, dtype):
 
 
 @given(scale=st.integers(-100, 100), spread=st.integers(0, 14), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_float16_rounds_to_eleven_bits_at_any_scale(packed, scale, spread, seed):
     layout, _ = packed
     form = RowFormat(layout, "float16")

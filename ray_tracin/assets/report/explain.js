@@ -40,8 +40,9 @@ function rankedRegions(query, classId, scores, by) {
   // A region of low overlap has hardly a gradient: it is nobody's neutral example.
   const telling = columns.filter((column) => !isLowOverlap(columnSlice(column), columnClass(column)));
   return {
-    proponents: ordered(columns, (column) => -values[column]),
-    opponents: ordered(columns, (column) => values[column]),
+    // Who pushed toward a prediction is above 0, who pushed away below.
+    proponents: ordered(columns.filter((column) => values[column] > 0), (column) => -values[column]),
+    opponents: ordered(columns.filter((column) => values[column] < 0), (column) => values[column]),
     neutral: ordered(telling, (column) => Math.abs(values[column])),
   };
 }
