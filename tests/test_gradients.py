@@ -101,6 +101,7 @@ def test_gradients_of_whole_slices_as_on_a_gpu_equal_the_oracle(name, monkeypatc
 def test_a_device_of_its_own_is_asked_for_nothing_during_a_pass(monkeypatch):
     """The meta device, which has no values to read back: who asks for some fails."""
     monkeypatch.setitem(correlation.WINDOW_VALUES, "meta", 1 << 20)
+    monkeypatch.setitem(influence.SMALLEST_PANEL, "meta", 20)
     # These do ask, once a batch.
     monkeypatch.setattr(regions, "foreground_truth", lambda labels, _: labels.unsqueeze(1) == 1)
     monkeypatch.setattr(RegionDifferentiator, "_check_finite", lambda *_: None)
