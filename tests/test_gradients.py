@@ -11,7 +11,7 @@ from monai.networks.nets import BasicUNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ray_tracin import correlation, gradients, regions
+from ray_tracin import correlation, gradients, influence, regions
 from ray_tracin.gradients import NonFiniteGradientError, RegionDifferentiator, differentiate_bytes
 from ray_tracin.influence import tile_kernel
 from ray_tracin.layers import parameter_gradients
