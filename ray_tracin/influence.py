@@ -22,10 +22,10 @@ from ray_tracin.vocabulary import Precision, ranges
 PANELS = 8
 """Row panels that the upper half of a symmetric kernel is cut into: they multiply 56 % of it."""
 SMALLEST_PANEL = {"cpu": 96, "cuda": 1280}
-"""Rows below which products lose speed, by device: fewer leave processors of a large GPU without work."""
+"""Rows below which products lose speed, by device: fewer leave processors of a large GPU without work (counted)."""
 
 ALIGNED_VALUES = 64
-"""What parts of rows are multiples of: the width of a GPU's loads, twice, whatever the precision."""
+"""What parts of rows are multiples of, so that a GPU's loads of 16 bytes are aligned in every precision."""
 
 EXPANDED_VALUES = {"cpu": 1 << 23, "cuda": 1 << 29}
 """Gradient values of a side to expand at a time, by device, where memory is not short; more is no faster on a CPU."""

@@ -115,7 +115,8 @@ class RayExecutor:
 
         Raises:
             StageError: some keys failed; all others were done.
-            ValueError: no node has the memory that the plan of the run says a worker will take.
+            ValueError: no node has the memory that the plan of the run says a worker will take, or will ever have what
+                the stage asks for; or workers wrote where this process can't see it.
         """
         if stage.processes > 1:
             self.close()

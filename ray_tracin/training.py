@@ -291,7 +291,7 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             part = rank_part(batch, self.rank, self.world_size)
             images, labels = self._augmented(part, epoch)
-            # As fast as GPUs convolve by default, but the same whenever it is repeated on one of a kind.
+            # The precision in which GPUs convolve by default, but by deterministic algorithms.
             with arithmetic("tf32"):
                 loss = dice_loss(self._network(images), labels, self.config)
                 self._require_finite(loss, epoch, f"the loss in batch {number} of {len(batches)}")
