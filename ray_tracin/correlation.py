@@ -40,6 +40,10 @@ slice to slice: to read them back the device stops, and slices one by one keep i
 MIXED_DEVICES = ("cuda",)
 """Devices that multiply matrices of bfloat16 as they are, into float32, which is exact but for its sums."""
 
+LEAST_PRODUCT = 1 << 23
+"""Multiplications of a product from which on oneDNN's, where it is the faster library, beats PyTorch's product of
+batches: it takes a call for every slice, and a call costs as much as some millions of them."""
+
 LEAST_WINDOWS = 144
 """Windows of a block below which a product of matrices loses speed."""
 
@@ -241,7 +245,8 @@ def _correlate_block(
         asked, seen = (part[start:stop].to(points.dtype if mixed else block.dtype) for part in (points, windows))
         unfolded = _unfold(geometry, seen, positions)
         part = block[start:stop]
-        if groups == 1 and points.device.type == "cpu" and arithmetic.prefers_onednn():
+        large = asked[0].numel() * windows.shape[1] * seen_by_kernel >= LEAST_PRODUCT
+        if large and groups == 1 and points.device.type == "cpu" and arithmetic.prefers_onednn():
             places = part.view(len(part), pointed, -1, outs, seen_by_kernel)
             for place, left, right in zip(places, asked, unfolded, strict=True):
                 product = arithmetic.inner_products(left.flatten(0, 2), right.flatten(0, 2))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.networks.nets import BasicUNet
 
-from ray_tracin import arithmetic, influence
+from ray_tracin import arithmetic, correlation, influence
 from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.influence import (
     rank_influence,
@@ -27,6 +27,7 @@ BUILD, SIZE = networks.NETWORKS["deep"]
 def library(request, monkeypatch):
     """Which library multiplies."""
     monkeypatch.setattr(arithmetic, "prefers_onednn", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(correlation, "LEAST_PRODUCT", 1)
 
 
 @pytest.fixture(scope="module")
