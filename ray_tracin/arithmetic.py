@@ -144,7 +144,7 @@ def prefers_onednn() -> bool:
     """Whether oneDNN multiplies float32 faster than PyTorch's `@`, which is MKL's.
 
     On AMD's Zen 5 it is twice as fast, because MKL is no faster there than AVX2 would be and oneDNN uses AVX-512; on
-    Zen 4 by a third or so.
+    Zen 4 by a seventh or so.
     """
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if not there or torch.backends.cpu.get_cpu_capability() != "AVX512":
