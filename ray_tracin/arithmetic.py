@@ -22,6 +22,9 @@ from ray_tracin.vocabulary import Precision
 
 Result = TypeVar("Result")
 
+MIXED_DEVICES = ("cuda",)
+"""Devices that multiply matrices of bfloat16 as they are, into float32, which is exact but for its sums."""
+
 
 @contextmanager
 def arithmetic(precision: Precision = "float32") -> Iterator[None]:
@@ -113,7 +116,7 @@ def multiply(
     if left.dtype == torch.float64:
         return left @ right.mT
     left, right = operands(left, precision), operands(right, precision)
-    if precision == "bfloat16" and left.is_cuda:
+    if precision == "bfloat16" and left.device.type in MIXED_DEVICES:
         return torch.mm(left, right.mT, out_dtype=torch.float32)
     return inner_products(left, right)
 
@@ -124,7 +127,7 @@ def operands(rows: Float[Tensor, "row column"], precision: Precision) -> Float[T
         return rows
     rows = rows.bfloat16()
     # A CPU's product of bfloat16 would be rounded to bfloat16.
-    return rows if rows.is_cuda else rows.float()
+    return rows if rows.device.type in MIXED_DEVICES else rows.float()
 
 
 def inner_products(

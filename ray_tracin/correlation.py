@@ -37,12 +37,11 @@ BOXED_DEVICES = ("cpu",)
 """Devices on which work keeps to the boxes of slices that aren't zero. On a GPU batches beat boxes, which differ from
 slice to slice: to read them back the device stops, and slices one by one keep it waiting for the next."""
 
-MIXED_DEVICES = ("cuda",)
-"""Devices that multiply matrices of bfloat16 as they are, into float32, which is exact but for its sums."""
-
 LEAST_PRODUCT = 1 << 23
-"""Multiplications of a product from which on oneDNN's, where it is the faster library, beats PyTorch's product of
-batches: it takes a call for every slice, and a call costs as much as some millions of them."""
+"""Multiplications of a slice's product from which on oneDNN, where it is the faster library, gets a call a slice.
+
+A call costs as much as some millions of them, and smaller products go as a batch by PyTorch. For Zen 5, by its rates;
+on Zen 4 batches are a tenth faster beyond it too."""
 
 LEAST_WINDOWS = 144
 """Windows of a block below which a product of matrices loses speed."""
@@ -239,14 +238,15 @@ def _correlate_block(
     block = points.new_empty((slices, classes, groups, outs, seen_by_kernel), dtype=wide(points.dtype))
     size = windows.shape[1] * groups * seen_by_kernel * math.prod(positions)
     plain = pointed == classes and groups == 1
-    mixed = plain and points.dtype == torch.bfloat16 and points.device.type in MIXED_DEVICES
+    mixed = plain and points.dtype == torch.bfloat16 and points.device.type in arithmetic.MIXED_DEVICES
+    large = pointed * outs * size >= LEAST_PRODUCT
+    by_slice = large and groups == 1 and points.device.type == "cpu" and arithmetic.prefers_onednn()
     for start, stop in ranges(slices, max(1, WINDOW_VALUES[points.device.type] // size)):
         # Here, and not before, because all slices in float32 could be more than fits.
         asked, seen = (part[start:stop].to(points.dtype if mixed else block.dtype) for part in (points, windows))
         unfolded = _unfold(geometry, seen, positions)
         part = block[start:stop]
-        large = asked[0].numel() * windows.shape[1] * seen_by_kernel >= LEAST_PRODUCT
-        if large and groups == 1 and points.device.type == "cpu" and arithmetic.prefers_onednn():
+        if by_slice:
             places = part.view(len(part), pointed, -1, outs, seen_by_kernel)
             for place, left, right in zip(places, asked, unfolded, strict=True):
                 product = arithmetic.inner_products(left.flatten(0, 2), right.flatten(0, 2))

@@ -1,6 +1,7 @@
 import copy
 import warnings
 import weakref
+from itertools import product
 
 import networks
 import oracle
@@ -11,7 +12,7 @@ from monai.networks.nets import BasicUNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ray_tracin import correlation, gradients, influence, regions
+from ray_tracin import arithmetic, correlation, gradients, influence, regions
 from ray_tracin.gradients import NonFiniteGradientError, RegionDifferentiator, differentiate_bytes
 from ray_tracin.influence import tile_kernel
 from ray_tracin.layers import parameter_gradients
@@ -111,9 +112,9 @@ def test_a_device_of_its_own_is_asked_for_nothing_during_a_pass(monkeypatch):
     assert {segment.form for segment in engine.layout.segments} == {"factors", "gradient"}
     read = lambda segment: rows[:, segment.offset : segment.stop]  # noqa: E731
     rounded = lambda segment: read(segment).bfloat16()  # noqa: E731
-    monkeypatch.setattr(correlation, "MIXED_DEVICES", ("meta",))
-    for reader in (read, rounded):
-        kernel, norm2 = tile_kernel(engine.layout, reader, None, chunk_values=10_000)
+    monkeypatch.setattr(arithmetic, "MIXED_DEVICES", ("meta",))
+    for reader, precision in product((read, rounded), ("float32", "bfloat16")):
+        kernel, norm2 = tile_kernel(engine.layout, reader, None, chunk_values=10_000, precision=precision)
         assert (kernel.dtype, norm2.dtype) == (torch.float32, torch.float32)
         assert (rows.device.type, kernel.device.type, norm2.device.type) == ("meta", "meta", "meta")
 

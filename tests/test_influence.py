@@ -19,6 +19,7 @@ from ray_tracin.influence import (
     train_columns,
     without_absent,
 )
+from ray_tracin.layers import expand
 
 BUILD, SIZE = networks.NETWORKS["deep"]
 
@@ -28,6 +29,7 @@ def library(request, monkeypatch):
     """Which library multiplies."""
     monkeypatch.setattr(arithmetic, "prefers_onednn", lambda: request.param == "oneDNN")
     monkeypatch.setattr(correlation, "LEAST_PRODUCT", 1)
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,20 @@ def deep():
 
 def reader(values):
     return lambda segment: values[:, segment.offset : segment.stop]
+
+
+def test_only_large_products_of_factors_are_a_call_for_every_slice(deep, library, monkeypatch):
+    layout, values, _ = deep
+    calls, multiply = [], arithmetic.inner_products
+    monkeypatch.setattr(arithmetic, "inner_products", lambda *sides: calls.append(sides) or multiply(*sides))
+    factors = [one for one in layout.segments if one.form == "factors" and one.geometry.groups == 1]
+    expanded = lambda one: torch.cat(list(expand(one, reader(values)(one), 2, columns=one.columns)), 2)  # noqa: E731
+    each = [expanded(segment) for segment in factors]
+    assert len(calls) == (len(values) * len(factors) if library == "oneDNN" else 0)
+    calls.clear()
+    monkeypatch.setattr(correlation, "LEAST_PRODUCT", 1 << 23)
+    torch.testing.assert_close([expanded(segment) for segment in factors], each)
+    assert not calls
 
 
 def part(gradients, start, stop):
