@@ -1,8 +1,10 @@
+import copy
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import pretended
 import pytest
 import torch
 
@@ -18,6 +20,19 @@ OPTIONS = Namespace(**SIZES, dtype="float32", precision="float32", device="cpu")
 def problems():
     network, *parts = engine.make_problem(OPTIONS.slices, OPTIONS.width, OPTIONS.size)
     return [(one, *parts) for one in full_size.checkpoints(network, OPTIONS.checkpoints)]
+
+
+def test_the_full_size_is_the_tensor_on_a_device_in_the_precision_of_a_gpu(problems):
+    rates, given = torch.tensor([0.1, 0.03]), copy.deepcopy(problems)
+    with pretended.gpu() as device:
+        mixed = {"block": 3, "dtype": "bfloat16", "precision": "bfloat16", "device": str(device)}
+        options = Namespace(**{**vars(OPTIONS), **mixed})
+        full_size.warm_up(problems[0], options)
+        tensor = full_size.compute(problems, rates, options, full_size.Timer(device))
+        assert full_size.difference(tensor, problems, rates, options) < 4e-3
+    kernels = torch.stack([engine.in_float64(problem).flatten(2) for problem in given])
+    expected = torch.einsum("t,t...->...", rates.double(), kernels)
+    assert (tensor - expected).norm() < 2e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("changed", [{}, {"block": 2}, {"block": 3, "dtype": "bfloat16", "precision": "bfloat16"}])
