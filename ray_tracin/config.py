@@ -272,7 +272,7 @@ class ResourcesConfig(Section):
     memory_per_worker: Positive = speed_only(4.0)
     """GiB that one worker may use; the plan refuses what would need more."""
     gpu_memory: Positive = speed_only(16.0)
-    """GiB of a GPU that one worker may use for the rows of a block."""
+    """GiB of a GPU that one worker may use, of those that have one; the plan refuses what would need more."""
     lease_seconds: Positive = speed_only(600.0)
     """A key that takes longer than this (or 20 times the median) is given to another worker."""
     check: Literal["bytes", "sizes"] = speed_only("bytes")

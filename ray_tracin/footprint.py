@@ -8,6 +8,8 @@ shards and tiles made of them count the least there; blocks of rows that stay on
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from ray_tracin.config import RunConfig
 from ray_tracin.gradients import differentiate_bytes
 from ray_tracin.influence import EXPANDED_VALUES, tile_bytes
@@ -49,8 +51,9 @@ class Footprint:
 
     @property
     def device(self) -> str:
-        """What workers compute on, as far as the configuration says."""
-        return "cuda" if self.config.resources.device == "cuda" else "cpu"
+        """What workers compute on: what the configuration says, and where it leaves that open what this machine has."""
+        wanted = self.config.resources.device
+        return "cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu"
 
     @property
     def on_gpu(self) -> bool:

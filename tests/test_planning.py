@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from test_folders import NEW, add_case
 
 from ray_tracin.calibration import NOMINAL, Rates, calibrate
@@ -13,7 +14,13 @@ from ray_tracin.planning import GIB, Plan, plan_run
 from ray_tracin.presets import build_config
 from ray_tracin.runs import Run
 
-SMALL = ["data.size=32", "model={width: 4, depth: 3}", "regions.threshold=0.5", "resources.workers=2"]
+SMALL = [
+    "resources.device=cpu",
+    "data.size=32",
+    "model={width: 4, depth: 3}",
+    "regions.threshold=0.5",
+    "resources.workers=2",
+]
 
 
 def plan(*overrides: str, patients: int = 28) -> Plan:
@@ -79,6 +86,16 @@ def test_what_is_on_a_gpu_is_not_counted_as_memory_of_the_node(preset: str, sour
         assert cpu.gpu == 0
         assert gpu.host < cpu.host
         assert gpu.gpu > 0
+
+
+def test_an_open_choice_of_device_is_planned_for_what_this_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def needs(device: str) -> list[Need]:
+        found = plan(f"resources.device={device}")
+        return [found.memory.gradients, found.tile_need]
+
+    for there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert needs("auto") == needs(device)
 
 
 def test_a_gpu_that_is_too_small_is_refused_where_halving_would_not_help() -> None:
