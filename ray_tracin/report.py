@@ -37,7 +37,7 @@ from ray_tracin.store import IncompleteRunError, Receipt, now
 FOLDER = "report"
 PAGE = f"{FOLDER}/index.html"
 ASSETS = "assets"
-STYLES = ("base.css", "viewer.css", "pages.css")
+STYLES = ("base.css", "viewer.css", "pages.css", "narrow.css")
 SCRIPTS = ("data.js", "dom.js", "viewer.js", "explain.js", "links.js", "curate.js", "charts.js", "model.js", "run.js")
 START = "main.js"
 """Comes last: it runs the others."""

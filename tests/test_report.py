@@ -462,6 +462,23 @@ def test_the_page_says_how_it_was_made(tiny_run: Run, look: Opener) -> None:
     assert page.locator("[data-testid=config]").text_content() == tiny_run.config.to_yaml()
 
 
+@pytest.mark.parametrize(
+    ("view", "last"), [("explain", ".lists"), ("curate", ".preview"), ("model", None), ("run", None)]
+)
+def test_on_a_phone_the_page_has_one_column_and_scrolls(
+    tiny_run: Run, look: Opener, view: str, last: str | None
+) -> None:
+    page = look(tiny_run, view)
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.evaluate("document.documentElement.scrollHeight") > 844
+    if last is not None:
+        box = page.locator(f"#{view} {last}").bounding_box()
+        assert box is not None
+        assert (box["x"], box["width"]) == (0, 390)
+        assert box["y"] > page.locator(f"#{view} .pane").first.bounding_box()["y"]
+
+
 def test_a_page_with_patients_says_so(own_run: Run, look: Opener) -> None:
     rewrite(own_run, "slices.parquet", lambda table: table.assign(case=table.case.str.replace("PHANTOM", "TCIA")))
     notice = look(render(own_run)).locator("[data-testid=notice]").text_content() or ""
