@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ray_tracin.assignment import TRIES, Assignment
+from ray_tracin.capacity import WAITING_SECONDS, room_for, say_it_waits
 from ray_tracin.faults import (
     cause_of,
     node_died,
@@ -49,8 +50,6 @@ COPIED_AFTER_SECONDS = 10.0
 """When workers are idle, keys that take longer than this, and than so many medians, are done twice."""
 OPENING_SECONDS = 120.0
 """A worker that takes longer to get ready for a stage, and longer than two leases, is replaced."""
-WAITING_SECONDS = 60.0
-"""After this long without any worker, the pool says what it waits for."""
 NODE_LABEL = "ray.io/node-id"
 UNKNOWN = "unknown"
 
@@ -430,21 +429,3 @@ class Pool:
             self._dismiss(worker)
         for worker in self._workers:
             worker.opening, worker.ready = None, False
-
-
-def room_for(options: dict[str, Any], avoid: set[str] | None = None) -> int:
-    """How many workers of these options the nodes that are there have room for, if they do nothing else."""
-    wanted = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus"), "memory": options.get("memory")}
-    needs = {name: need for name, need in wanted.items() if need}
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in (avoid or ())]
-    return sum(min(int(node["Resources"].get(name, 0) / need) for name, need in needs.items()) for node in nodes)
-
-
-def say_it_waits(stage: Stage[Any], options: dict[str, Any]) -> None:
-    """A line for who wonders why nothing happens."""
-    logger.warning("%s waits for a node that has %s", stage.name, _shown(options))
-
-
-def _shown(options: dict[str, Any]) -> str:
-    wanted = {"CPUs": options.get("num_cpus"), "GPUs": options.get("num_gpus"), "GiB": options.get("memory", 0) / 2**30}
-    return ", ".join(f"{need:.3g} {name}" for name, need in wanted.items() if need)

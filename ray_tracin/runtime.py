@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import statistics
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,11 +25,12 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ray_tracin.assignment import TRIES
+from ray_tracin.capacity import most_cpus, refuse_nodes_without_memory, resource_options, room_for, waiting_told
 from ray_tracin.config import RunConfig
 from ray_tracin.faults import cause_of, ended_after, reason, repeats, stage_error
 from ray_tracin.phantom import Edition, patient_grades, reserve, write_patient, write_tables
-from ray_tracin.planning import GIB, plan_of
-from ray_tracin.pool import SLOWER_THAN_MEDIAN, WAITING_SECONDS, Pool, room_for, say_it_waits
+from ray_tracin.planning import plan_of
+from ray_tracin.pool import SLOWER_THAN_MEDIAN, Pool
 from ray_tracin.stages import Attempt, Event, Listener, Outcome, Report, Stage, StageWorker, sound_receipts
 from ray_tracin.store import IncompleteRunError, now
 
@@ -120,20 +120,20 @@ class RayExecutor:
         """
         if stage.processes > 1:
             self.close()
-            options = _resource_options(stage, float(stage.run.config.resources.training_threads))
+            options = resource_options(stage, float(stage.run.config.resources.training_threads))
             self._refuse_what_never_comes(stage, options)
-            with _waiting_told(stage, options):
+            with waiting_told(stage, options):
                 _execute_together(stage, keys, report, options)
             return
         if stage.sequential:
             self.close()
-            threads = min(float(stage.run.config.resources.training_threads), _most_cpus())
-            options = _resource_options(stage, threads)
+            threads = min(float(stage.run.config.resources.training_threads), most_cpus())
+            options = resource_options(stage, threads)
             self._refuse_what_never_comes(stage, options)
-            with _waiting_told(stage, options):
+            with waiting_told(stage, options):
                 _execute_in_order(stage, keys, report, options)
             return
-        options = _resource_options(stage, float(stage.run.config.resources.threads))
+        options = resource_options(stage, float(stage.run.config.resources.threads))
         self._refuse_what_never_comes(stage, options)
         need = self._need(stage)
         if need is not None:
@@ -208,44 +208,6 @@ def require_one_storage(stage: Stage[Any], done: Sequence[Any]) -> None:
             time.sleep(1.0)
 
 
-@contextmanager
-def _waiting_told(stage: Stage[Any], options: dict[str, Any]) -> Iterator[None]:
-    """Says after a while what a stage waits for, where no node has it."""
-
-    def say() -> None:
-        if not room_for(options):
-            say_it_waits(stage, options)
-
-    timer = threading.Timer(WAITING_SECONDS, say)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def refuse_nodes_without_memory(stage: Stage[Any], options: dict[str, Any], need: int) -> None:
-    """Nothing, if a node has the memory for a worker, or if none is there yet that could have one.
-
-    Raises:
-        ValueError: nodes have the CPUs or GPUs for a worker, and none of them has the memory.
-    """
-    if not room_for(options) or room_for({**options, "memory": need}):
-        return
-    most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
-    raise ValueError(
-        f"stage {stage.name}: a worker may need {need / GIB:.2f} GiB, and the node with the most memory has "
-        f"{most / GIB:.2f} GiB for Ray: lower gradients.shard_slices, resources.batch_slices or "
-        "influence.tile_slices, or use nodes with more memory"
-    )
-
-
-def _most_cpus() -> float:
-    """Those of the node that has most; 1 where no node has any yet."""
-    return max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0) or 1.0
-
-
 def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Report, options: dict[str, Any]) -> None:
     """One Ray task that does the keys in order and hands each back as it is done; started anew where it stopped."""
     left, strikes = deque(keys), 0
@@ -301,18 +263,6 @@ def _longest(stage: Stage[Any], seconds: Sequence[float]) -> float | None:
         return None
     many = max(SLOWER_THAN_MEDIAN, len(stage.keys()))
     return 2 * max(float(stage.run.config.resources.lease_seconds), many * statistics.median(seconds))
-
-
-def _resource_options(stage: Stage[Any], cpus: float) -> dict[str, Any]:
-    """What one worker of the stage holds: a share of a GPU where there are GPUs and the stage uses them, else CPUs."""
-    resources = stage.run.config.resources
-    gpus = ray.cluster_resources().get("GPU", 0)
-    # On a cluster that grows on demand there may be no GPU until one is asked for.
-    wanted = resources.device == "cuda" or (resources.device == "auto" and gpus)
-    if stage.uses_gpu and wanted:
-        # A GPU worker must not hold a CPU for life: plain tasks beside it would starve on a small node.
-        return {"num_gpus": resources.gpus_per_worker, "num_cpus": 0}
-    return {"num_cpus": cpus}
 
 
 def write_phantoms(

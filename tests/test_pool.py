@@ -14,13 +14,14 @@ from ray._private.internal_api import memory_summary
 
 from ray_tracin import attribution, runtime
 from ray_tracin.attribution import Differentiate
+from ray_tracin.capacity import refuse_nodes_without_memory
 from ray_tracin.costs import collect_events
 from ray_tracin.pipeline import Executors, run_to
 from ray_tracin.planning import plan_of
 from ray_tracin.pool import Pool
 from ray_tracin.presets import build_config
 from ray_tracin.runs import Run, start_run
-from ray_tracin.runtime import RayExecutor, refuse_nodes_without_memory, require_one_storage
+from ray_tracin.runtime import RayExecutor, require_one_storage
 from ray_tracin.stages import Event, StageError, complete, done_receipts, execute_serially, halving
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_cluster")]
