@@ -119,6 +119,7 @@ def without_results(source: str, target: Path, workers: int) -> Run:
         overrides=[
             f"resources.workers={workers}",
             "resources.threads=1",
+            "resources.device=cpu",
             "gradients.keep=true",
             "gradients.source=stored",
         ],

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ray_tracin import store as paths
+from ray_tracin.devices import pick_device
 from ray_tracin.features import feature_sets, impacts
 from ray_tracin.featuring import POOLED
 from ray_tracin.mapping import PREDICTED_SLICES, REGION_SLICES
-from ray_tracin.runs import FINAL, Run, pick_device
+from ray_tracin.runs import FINAL, Run
 from ray_tracin.stages import Result, Stage
 from ray_tracin.unet import HEAD, last_hidden_maps
 from ray_tracin.vocabulary import SliceRange, ranges

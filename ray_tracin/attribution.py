@@ -20,11 +20,12 @@ from torch import Tensor
 
 from ray_tracin import store as paths
 from ray_tracin.arithmetic import return_freed_memory
+from ray_tracin.devices import pick_device
 from ray_tracin.gradients import NonFiniteGradientError, RegionDifferentiator
 from ray_tracin.mapping import mask_path
 from ray_tracin.regions import whole_slices
 from ray_tracin.rounding import RowFormat
-from ray_tracin.runs import FINAL, Run, pick_device
+from ray_tracin.runs import FINAL, Run
 from ray_tracin.stages import Result, Stage, halving
 from ray_tracin.unet import HEAD
 from ray_tracin.vocabulary import GradientShard, QuerySet, checkpoint_name, ranges
@@ -128,7 +129,7 @@ class ShardDifferentiator:
     """Makes the rows of gradient shards, and keeps the network of the checkpoint at hand between them.
 
     A row is the same bits whoever makes it: the shard and the configuration fix which slices go through the network
-    together.
+    together, unless a GPU's memory is too small for so many.
     """
 
     def __init__(self, run: Run) -> None:

@@ -72,12 +72,15 @@ def _pass_rate(config: RunConfig, classes: int, device: torch.device) -> float:
     engine = RegionDifferentiator(
         network, head=HEAD, parameters="all", example=image, classes=classes, precision=config.gradients.precision
     )
-    labels = torch.zeros((1, size, size), dtype=torch.uint8)
-    masks = torch.zeros((1, classes, size, size), dtype=torch.bool)
+    # A GPU is not busy with one slice.
+    count = config.resources.batch_slices if device.type == "cuda" else 1
+    images = image.expand(count, -1, -1, -1)
+    labels = torch.zeros((count, size, size), dtype=torch.uint8)
+    masks = torch.zeros((count, classes, size, size), dtype=torch.bool)
     # A tenth of the slice, as a tumour is.
     centre = slice(int(0.35 * size), max(int(0.65 * size), int(0.35 * size) + 1))
     masks[..., centre, centre] = True
-    return flops / _seconds(lambda: engine.differentiate(image[None], labels, masks), device)
+    return count * flops / _seconds(lambda: engine.differentiate(images, labels, masks), device)
 
 
 def _pass_flops(settings: ModelConfig, channels: int, classes: int, size: int) -> float:

@@ -4,17 +4,34 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
+import torch
 
 from ray_tracin.planning import GIB
+from ray_tracin.runs import Run
 from ray_tracin.stages import Stage
 
 WAITING_SECONDS = 60.0
 """After this long without any worker, a line says what a stage waits for."""
 
 logger = logging.getLogger(__name__)
+
+
+def on_one_device(run: Run, kind: str) -> Run:
+    """The run with ``resources.device`` settled, for its plan and all of its workers, where the user leaves it open.
+
+    A GPU where Ray, which is of some kind of `runtime.cluster`, has one, and where workers may be on this machine alone
+    PyTorch has it too.
+    """
+    resources = run.config.resources
+    if resources.device != "auto":
+        return run
+    there = ray.cluster_resources().get("GPU", 0) and (torch.cuda.is_available() or kind == "cluster")
+    settled = resources.model_copy(update={"device": "cuda" if there else "cpu"})
+    return replace(run, config=run.config.model_copy(update={"resources": settled}))
 
 
 def resource_options(stage: Stage[Any], cpus: float) -> dict[str, Any]:
@@ -34,7 +51,12 @@ def room_for(options: dict[str, Any], avoid: set[str] | None = None) -> int:
     wanted = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus"), "memory": options.get("memory")}
     needs = {name: need for name, need in wanted.items() if need}
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in (avoid or ())]
-    return sum(min(int(node["Resources"].get(name, 0) / need) for name, need in needs.items()) for node in nodes)
+    return sum(min(_fitting(node["Resources"].get(name, 0), need) for name, need in needs.items()) for node in nodes)
+
+
+def _fitting(there: int | float, need: int | float) -> int:
+    """How often a resource is there; a share of one can't be put together from several."""
+    return int(there) * int(1 / need) if need < 1 else int(there / need)
 
 
 def most_cpus() -> float:

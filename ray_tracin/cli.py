@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_tracin.answers import agreement_table, ranking_table, scan_lines, status_table, write_ranking
+from ray_tracin.capacity import on_one_device
 from ray_tracin.charts import findings
 from ray_tracin.claims import ClaimHeldError
 from ray_tracin.datasets import execute_on_ray_data
@@ -356,7 +357,7 @@ def sketches(
             opened = start_run(open_run(run).uri, overrides=overrides or [])
         started = time.monotonic()
         with cluster(address) as kind, progress(out) as listen, RayExecutor(elastic=kind == "cluster") as pool:
-            index_sketches(opened, size, Executors(pool=pool, tables=pool), listen)
+            index_sketches(on_one_device(opened, kind), size, Executors(pool=pool, tables=pool), listen)
         out.print(f"done in {time.monotonic() - started:.0f} s: index of size {size} in {opened.uri}", markup=False)
         out.print(agreement_table(opened.table(f"sketch_agreement_{size}"), opened.classes))
 
@@ -381,6 +382,8 @@ def query(
         with _configuring(debug):
             opened = open_run(run)
             _refuse_other_files(table, ".parquet", ".csv")
+            if exact and size is not None:
+                raise UsageError("--exact reads the run's gradient shards and no index: leave --size out")
         started = time.monotonic()
         found = explain_scan(opened, case, size=EXACT if exact else size, indices=index or (), k=top)
         for note in found.notes:
@@ -393,11 +396,6 @@ def query(
         out.print(f"answered in {time.monotonic() - started:.1f} s", markup=False)
 
 
-def main() -> None:
-    """The entry point of ``ray-tracin``."""
-    app()
-
-
 def _complete(run: Run, step: str, listen: Listener, kind: str) -> None:
     with RayExecutor(elastic=kind == "cluster") as pool:
 
@@ -405,7 +403,7 @@ def _complete(run: Run, step: str, listen: Listener, kind: str) -> None:
             pool.close()  # Ray Data would wait for the CPUs that idle actors hold.
             execute_on_ray_data(stage, keys, report)
 
-        run_to(run, step, Executors(pool=pool, tables=write_tables), listen)
+        run_to(on_one_device(run, kind), step, Executors(pool=pool, tables=write_tables), listen)
 
 
 def _refuse_other_files(path: Path | None, *kinds: str) -> None:
@@ -447,4 +445,4 @@ def _print_result(run: Run, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    app()

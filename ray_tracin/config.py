@@ -261,8 +261,8 @@ class ResourcesConfig(Section):
     """Processes of the pool; ``null``: one a GPU where there are GPUs, else one a CPU."""
     device: Literal["auto", "cpu", "cuda"] = speed_only("auto")
     """``auto``: a GPU where there is one."""
-    gpus_per_worker: Positive = speed_only(1.0)
-    """GPUs that a worker takes; below 1 several share one."""
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = speed_only(1.0)
+    """Share of a GPU that a worker takes, and of its memory; below 1 several are on one."""
     threads: PositiveInt = speed_only(1)
     """CPU threads of a worker."""
     training_threads: PositiveInt = speed_only(2)

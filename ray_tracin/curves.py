@@ -15,13 +15,14 @@ from matplotlib.ticker import MaxNLocator
 
 from ray_tracin.assembly import train_regions
 from ray_tracin.charts import OTHERS, PREDICTIVE, WIDTH_INCHES, printed
+from ray_tracin.devices import device_here
 from ray_tracin.explainers import NONE, rank_regions
 from ray_tracin.explaining import global_columns
 from ray_tracin.explanation import neutrality, query_scores, region_features
 from ray_tracin.features import similarity
 from ray_tracin.featuring import POOLED
 from ray_tracin.panels import draw_feature, mark_sides, region_mask, shortened
-from ray_tracin.runs import FINAL, Run, pick_device
+from ray_tracin.runs import FINAL, Run
 from ray_tracin.store import Array
 from ray_tracin.unet import HEAD, last_hidden_maps
 
@@ -178,7 +179,7 @@ def _caption(run: Run, example: Example, strength: float, same: float) -> str:
 
 def feature_maps(run: Run, rows: Sequence[int], feature: int) -> Iterator[Array]:
     """The map of a feature of the final network's last hidden layer on each of some slices."""
-    device = pick_device(run)
+    device = device_here(run)
     network = run.model(FINAL).to(device)
     for row in rows:
         with torch.inference_mode():

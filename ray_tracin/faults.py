@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 
-from ray_tracin.stages import Stage, StageError
+from ray_tracin.stages import Stage, StageError, out_of_memory
 
 SHOWN_FAILURES = 5
 VERDICT_SECONDS = 2.0
@@ -80,6 +80,11 @@ def repeats(error: BaseException) -> bool:
     return isinstance(error, ValueError | OSError) and not isinstance(error, TimeoutError | RayError)
 
 
+def device_failed(error: BaseException) -> bool:
+    """Whether a GPU failed in a way that leaves its process without it: whatever that does next fails alike."""
+    return isinstance(error, RuntimeError) and str(error).startswith("CUDA error") and not out_of_memory(error)
+
+
 def stage_error(stage: Stage[Any], failures: dict[Any, BaseException], keys: int, *, undone: int = 0) -> StageError:
     """What a stage reports at its end about the keys that failed; or, where that came early, the undone ones too."""
     what = (
@@ -101,8 +106,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, RayError) and not isinstance(error, RayTaskError):
         return f"its worker went away ({type(error).__name__})"
     text = str(error).strip() or type(error).__name__
-    return (
-        text
-        if isinstance(error, ValueError | OSError | NoAnswerError)
-        else f"{type(error).__name__}: {text.splitlines()[-1]}"
-    )
+    if isinstance(error, ValueError | OSError | NoAnswerError):
+        return text
+    # CUDA says what happened first, and then what one could do to learn more.
+    return f"{type(error).__name__}: {text.splitlines()[0 if text.startswith('CUDA error') else -1]}"

@@ -24,11 +24,12 @@ from torch import Tensor
 from ray_tracin import store as paths
 from ray_tracin.assembly import AssembleStripes
 from ray_tracin.config import FeaturesConfig
+from ray_tracin.devices import pick_device
 from ray_tracin.explainers import without_zeros
 from ray_tracin.explaining import global_columns
 from ray_tracin.features import classify_trend, importance_sums, is_predictive, region_maxima
 from ray_tracin.mapping import PREDICTED_SLICES, REGION_SLICES
-from ray_tracin.runs import FINAL, Run, pick_device
+from ray_tracin.runs import FINAL, Run
 from ray_tracin.stages import Result, Stage
 from ray_tracin.store import Array
 from ray_tracin.unet import HEAD, last_hidden_maps

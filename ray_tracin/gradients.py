@@ -12,7 +12,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -293,9 +293,12 @@ class RegionDifferentiator:
         empty = (region_pixels(masks) == 0).view(*masks.shape[:2], *(1,) * (masks.dim() - 2))
         differing = self._differing(images, labels, masks | empty)
         if differing and self._like.dtype != torch.float64:
-            # A network that insists on its precision fails with PyTorch's own error.
-            with suppress(RuntimeError):
+            try:
                 differing = self._in_float64()._differing(images.double(), labels, masks | empty)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                pass  # A network that insists on its precision fails with PyTorch's own error.
         if differing:
             raise ValueError(
                 f"the gradients of these parameters differ from autograd's: {', '.join(differing)}. A parameter is "

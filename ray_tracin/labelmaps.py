@@ -16,11 +16,12 @@ from torch import nn
 from ray_tracin import store as paths
 from ray_tracin.arithmetic import arithmetic
 from ray_tracin.charts import class_colours
+from ray_tracin.devices import device_here
 from ray_tracin.mapping import PREDICTED_SLICES
 from ray_tracin.nifti import Grid, encode_labels, load_grid
 from ray_tracin.preparation import Inspect, case_slices, label_scheme
 from ray_tracin.regions import predicted_labels
-from ray_tracin.runs import FINAL, Run, pick_device
+from ray_tracin.runs import FINAL, Run
 from ray_tracin.store import Array
 from ray_tracin.vocabulary import CaseKey, UsageError
 from ray_tracin.volumes import Inspection, paste_slices
@@ -49,7 +50,7 @@ def export_label_maps(run: Run, out: Path, patient: str | None = None) -> Iterat
     cases = _cases(run, patient)
     if out.is_file():
         raise UsageError(f"--out: expected a folder, found the file {out}")
-    network = run.model(FINAL).to(pick_device(run))
+    network = run.model(FINAL).to(device_here(run))
     out.mkdir(parents=True, exist_ok=True)
     for name, text in ((SLICER_TABLE, slicer_table(run)), (SNAP_TABLE, snap_table(run))):
         (out / name).write_text(text)
@@ -128,7 +129,7 @@ def _original_grid(run: Run, case: str) -> Grid:
 
 
 def _predictions(run: Run, network: nn.Module, rows: Sequence[int]) -> UInt8[np.ndarray, "slice h w"]:
-    device = pick_device(run)
+    device = device_here(run)
     with torch.inference_mode(), arithmetic():
         batches = torch.from_numpy(run.images(rows)).split(PREDICTED_SLICES)
         parts = [predicted_labels(network(batch.to(device))).cpu() for batch in batches]

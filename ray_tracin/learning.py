@@ -9,8 +9,9 @@ import pandas as pd
 import torch
 
 from ray_tracin import store as paths
+from ray_tracin.devices import pick_device
 from ray_tracin.objects import checksum
-from ray_tracin.runs import FINAL, Run, pick_device, torch_bytes
+from ray_tracin.runs import FINAL, Run, torch_bytes
 from ray_tracin.soundness import file_problems
 from ray_tracin.stages import Result, Stage
 from ray_tracin.store import Receipt

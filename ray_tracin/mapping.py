@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ray_tracin import store as paths
+from ray_tracin.devices import pick_device
 from ray_tracin.regions import predicted_labels, region_masks, region_overlap, region_pixels, region_scores
-from ray_tracin.runs import FINAL, Run, pick_device
+from ray_tracin.runs import FINAL, Run
 from ray_tracin.stages import Result, Stage
 from ray_tracin.vocabulary import SliceRange, checkpoint_name, ranges
 

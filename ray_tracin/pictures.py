@@ -32,10 +32,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ray_tracin import store as paths
+from ray_tracin.devices import pick_device
 from ray_tracin.featuring import MAXIMA, POOLED
 from ray_tracin.mapping import PREDICTED_SLICES, REGION_SLICES
 from ray_tracin.regions import predicted_labels
-from ray_tracin.runs import FINAL, Run, pick_device
+from ray_tracin.runs import FINAL, Run
 from ray_tracin.stages import Result, Stage
 from ray_tracin.store import Array
 from ray_tracin.unet import HEAD, last_hidden_maps

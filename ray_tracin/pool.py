@@ -24,6 +24,7 @@ from ray_tracin.assignment import TRIES, Assignment
 from ray_tracin.capacity import WAITING_SECONDS, room_for, say_it_waits
 from ray_tracin.faults import (
     cause_of,
+    device_failed,
     node_died,
     process_died,
     ran_out_of_memory,
@@ -294,7 +295,7 @@ class Pool:
         self._log(flight, "error", reason(error))
         self._keys.fail(flight.key, error, for_good=repeats(error))
         flight.worker.errors += not repeats(error)
-        if flight.worker.errors >= TRIES and self._seconds:
+        if device_failed(error) or (flight.worker.errors >= TRIES and self._seconds):
             # Others succeed: it may be the process or its GPU that fails, and another one may be on a better node.
             self._let_go(flight.worker, blamed=True)
 

@@ -23,6 +23,7 @@ from ray_tracin.attribution import (
     region_exists,
 )
 from ray_tracin.config import DataConfig, SliceSelection
+from ray_tracin.devices import device_here
 from ray_tracin.explainers import without_zeros
 from ray_tracin.folders import Case, find_cases
 from ray_tracin.indexing import (
@@ -52,8 +53,10 @@ from ray_tracin.regions import (
     whole_slices,
 )
 from ray_tracin.rounding import RowFormat
-from ray_tracin.runs import FINAL, Run, pick_device
-from ray_tracin.vocabulary import UsageError, checkpoint_name, ranges
+from ray_tracin.runs import FINAL, Run
+from ray_tracin.stages import halving
+from ray_tracin.tiling import LEAST_EXPANDED_VALUES
+from ray_tracin.vocabulary import Precision, UsageError, checkpoint_name, ranges
 from ray_tracin.volumes import choose_slices, cut_slices, load_volume
 
 EXACT = 0
@@ -202,7 +205,7 @@ def _cut(run: Run, case: Case, data: DataConfig) -> tuple[pd.DataFrame, Tensor, 
 
 
 def _logits(run: Run, network: str, images: Tensor) -> Tensor:
-    device = pick_device(run)
+    device = device_here(run)
     model = run.model(network).to(device)
     with torch.inference_mode(), arithmetic():
         parts = [model(batch.to(device)).float().cpu() for batch in images.split(run.config.resources.batch_slices)]
@@ -214,7 +217,7 @@ def scan_influence(run: Run, scan: Scan, size: int) -> Tensor:
     kernels = []
     for epoch in run.config.influence_epochs():
         masks = _masks(run, scan, epoch)
-        engine = differentiator(run, epoch, pick_device(run))
+        engine = differentiator(run, epoch, device_here(run))
         inputs = (scan.images, scan.labels, masks)
         batches = zip(*(part.split(run.config.resources.batch_slices) for part in inputs), strict=True)
         rows = torch.cat([engine.differentiate(*batch).values for batch in batches])
@@ -236,13 +239,25 @@ def _masks(run: Run, scan: Scan, epoch: int) -> Tensor:
 
 
 def _exact_kernel(run: Run, layout: Layout, epoch: int, rows: Tensor, exists: Tensor) -> Tensor:
-    values, precision = EXPANDED_VALUES[rows.device.type], run.config.gradients.precision
-    blocks = []
+    size, blocks = EXPANDED_VALUES[rows.device.type], []
     for start, stop in ranges(len(run.train_slices), run.config.influence.tile_slices):
         train = _shard_reader(run, layout, epoch, start, stop)
-        blocks.append(tile_kernel(layout, partial(_part, rows), train, chunk_values=values, precision=precision)[0])
+        kernel, size = _block_kernel(layout, partial(_part, rows), train, run.config.gradients.precision, size)
+        blocks.append(kernel)
     train_exists = torch.from_numpy(region_exists(run, run.train_slices, epoch))
     return train_columns(without_absent(torch.cat(blocks, dim=3).cpu(), exists, train_exists))
+
+
+def _block_kernel(
+    layout: Layout, query: SegmentReader, train: SegmentReader, precision: Precision, size: int
+) -> tuple[Tensor, int]:
+    """The kernel with a block of the training set, and how many values fitted at a time."""
+    (kernel, _), fitted = halving(
+        lambda values: tile_kernel(layout, query, train, chunk_values=values, precision=precision),
+        size,
+        LEAST_EXPANDED_VALUES,
+    )
+    return kernel, fitted
 
 
 def _part(rows: Tensor, segment: Segment) -> Tensor:
@@ -250,7 +265,7 @@ def _part(rows: Tensor, segment: Segment) -> Tensor:
 
 
 def _shard_reader(run: Run, layout: Layout, epoch: int, start: int, stop: int) -> SegmentReader:
-    path, device = gradients_path(epoch, "train"), pick_device(run)
+    path, device = gradients_path(epoch, "train"), device_here(run)
     form = RowFormat(layout, run.config.gradients.dtype)
 
     def read(segment: Segment) -> Tensor:

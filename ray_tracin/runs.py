@@ -224,18 +224,6 @@ def torch_bytes(values: Mapping[str, Any]) -> bytes:
     return sink.getvalue()
 
 
-def pick_device(run: Run) -> torch.device:
-    """The device that ``resources.device`` names; ``auto`` is a GPU where there is one.
-
-    Raises:
-        ValueError: a GPU is asked for and there is none.
-    """
-    wanted = run.config.resources.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("resources.device is cuda, and this process sees no GPU: use auto or cpu, or a GPU node")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def is_run(uri: str | Path) -> bool:
     """Whether there is a run at the folder or URL; nothing is written, no folder made."""
     store = RunStore(uri)

@@ -121,6 +121,8 @@ class RayExecutor:
         if stage.processes > 1:
             self.close()
             options = resource_options(stage, float(stage.run.config.resources.training_threads))
+            if "num_gpus" in options:
+                options = {"num_gpus": 1.0, "num_cpus": 1.0}  # Ray Train has whole ones, and wants a CPU for each.
             self._refuse_what_never_comes(stage, options)
             with waiting_told(stage, options):
                 _execute_together(stage, keys, report, options)
@@ -235,8 +237,7 @@ def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Report, op
 
 def _execute_together(stage: Stage[Any], keys: Sequence[Any], report: Report, options: dict[str, Any]) -> None:
     """Several processes that do each key together, through Ray Train, which takes seconds to import."""
-    # Ray Train wants a CPU for each process, and whole GPUs.
-    wanted = {"CPU": options["num_cpus"] or 1.0, **({"GPU": 1.0} if "num_gpus" in options else {})}
+    wanted = {"CPU": options["num_cpus"], **({"GPU": options["num_gpus"]} if "num_gpus" in options else {})}
     try:
         import_module("ray_tracin.distributed").execute_with_ray_train(stage, keys, report, wanted)
     except Exception as error:

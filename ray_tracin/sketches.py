@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ray_tracin.arithmetic import arithmetic
 from ray_tracin.correlation import Shape
 from ray_tracin.layers import Layout, Segment, parameter_gradients
 
@@ -61,9 +62,10 @@ class Sketcher:
                 f"expected packed rows of {self.layout.values} values, as the layout says, got {packed.shape[1]}"
             )
         parts: list[Tensor] = []
-        for segment in self.layout.segments:
-            part = packed[:, segment.offset : segment.stop].float()
-            parts += self._of_factors(segment, part) if _has_factors(segment) else self._of_gradients(segment, part)
+        with arithmetic():
+            for segment in self.layout.segments:
+                part = packed[:, segment.offset : segment.stop].float()
+                parts += self._of_factors(segment, part) if _has_factors(segment) else self._of_gradients(segment, part)
         return torch.cat([part.flatten(2) for part in parts], dim=2)
 
     def _of_gradients(self, segment: Segment, part: Tensor) -> Iterator[Float[Tensor, "slice class a b"]]:

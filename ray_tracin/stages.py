@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, runtime_c
 import torch
 
 from ray_tracin.arithmetic import arithmetic
+from ray_tracin.devices import device_name, keep_to_share
 from ray_tracin.runs import Run
 from ray_tracin.soundness import file_problems, new_file_problems
 from ray_tracin.store import Receipt, now
@@ -115,8 +116,10 @@ class StageWorker(Generic[Key]):
 
     def __init__(self, stage: Stage[Key], work: Callable[[Key], Result] | None = None) -> None:
         self._stage = stage
+        if stage.uses_gpu and not stage.sequential:
+            keep_to_share(stage.run)
         self._work = work or stage.open()
-        self.name = f"{socket.gethostname()}:{os.getpid()}:{_device_name(stage)}"
+        self.name = f"{socket.gethostname()}:{os.getpid()}:{device_name(stage.run) if stage.uses_gpu else 'cpu'}"
         """Host, process and device, as receipts and events have them."""
 
     def do(self, key: Key) -> Receipt:
@@ -144,13 +147,6 @@ class StageWorker(Generic[Key]):
         )
         store.write_receipt(receipt)
         return receipt
-
-
-def _device_name(stage: Stage[Any]) -> str:
-    """``cpu``, or the name of the GPU that the work is on."""
-    if stage.uses_gpu and stage.run.config.resources.device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return "cpu"
 
 
 Executor = Callable[[Stage[Any], Sequence[Any], Report], None]
@@ -243,7 +239,18 @@ def halving(work: Callable[[int], T], size: int, smallest: int = 1) -> tuple[T, 
             torch.cuda.empty_cache()
 
 
-_OUT_OF_MEMORY = r"can't allocate memory|CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+_OUT_OF_MEMORY = "|".join(
+    [
+        "can't allocate memory",
+        "CUDA out of memory",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        # Where memory is short its libraries can't begin, and say so in their own words.
+        "CUBLAS_STATUS_NOT_INITIALIZED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "unable to find an engine to execute this computation",
+    ]
+)
 
 
 def out_of_memory(error: BaseException) -> bool:

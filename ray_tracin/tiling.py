@@ -11,7 +11,7 @@ itself (*fused*), whose rows stay in the memory of the device and never touch a 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ray_tracin import store as paths
 from ray_tracin.attribution import ShardDifferentiator, differentiator, gradients_path
+from ray_tracin.devices import pick_device
 from ray_tracin.influence import EXPANDED_VALUES, SegmentReader, tile_kernel
 from ray_tracin.layers import Layout, Segment
 from ray_tracin.rounding import RowFormat
-from ray_tracin.runs import Run, pick_device
+from ray_tracin.runs import Run
 from ray_tracin.stages import Result, Stage, halving
 from ray_tracin.store import Array
 from ray_tracin.vocabulary import GradientShard, QuerySet, Tile, checkpoint_name, ranges
@@ -93,29 +94,35 @@ class ComputeTiles(Stage[Tile]):
     def open(self) -> Callable[[Tile], Result]:
         """Get the rows of both sides, multiply them layer by layer, and write the tile."""
         torch.set_num_threads(self.run.config.resources.threads)
-        rows = _MadeRows(self.run) if self.fused else _StoredRows(self.run)
-        return partial(_compute_tile, self.run, rows)
+        return _TileWork(self.run, _MadeRows(self.run) if self.fused else _StoredRows(self.run))
 
 
-def _compute_tile(run: Run, rows: "_Rows", key: Tile) -> dict[str, Any]:
-    query: Block = (key.epoch, key.query_set, key.query_block)
-    train: Block = (key.epoch, "train", key.train_block)
-    layout, left, right = rows.sides(query, train)
-    precision = run.config.gradients.precision
-    (kernel, norm2), _ = halving(
-        lambda values: tile_kernel(layout, left, right, chunk_values=values, precision=precision),
-        EXPANDED_VALUES[rows.device.type],
-        LEAST_EXPANDED_VALUES,
-    )
-    side = run.config.influence.tile_slices
-    path, block = tiles_path(key.epoch, key.query_set), slice(key.query_block, key.query_block + 1)
-    other = slice(key.train_block, key.train_block + 1)
-    padded = _padded(kernel.cpu().numpy(), side, axes=(1, 3))[None, None]
-    run.store.write(path, (block, other, *(slice(0, length) for length in padded.shape[2:])), padded)
-    if key.train_block == (key.query_block if key.query_set == "train" else 0):
-        norms = _padded(norm2.cpu().numpy(), side, axes=(1,))[None]
-        run.store.write(f"{path}_norm2", (block, *(slice(0, length) for length in norms.shape[1:])), norms)
-    return {}
+class _TileWork:
+    """Makes tiles, and remembers between them how much may be expanded at a time."""
+
+    def __init__(self, run: Run, rows: "_Rows") -> None:
+        self._run, self._rows = run, rows
+        self._values = EXPANDED_VALUES[rows.device.type]
+
+    def __call__(self, key: Tile) -> Result:
+        query: Block = (key.epoch, key.query_set, key.query_block)
+        train: Block = (key.epoch, "train", key.train_block)
+        layout, left, right = self._rows.sides(query, train)
+        precision = self._run.config.gradients.precision
+        (kernel, norm2), self._values = halving(
+            lambda values: tile_kernel(layout, left, right, chunk_values=values, precision=precision),
+            self._values,
+            LEAST_EXPANDED_VALUES,
+        )
+        store, side = self._run.store, self._run.config.influence.tile_slices
+        path, block = tiles_path(key.epoch, key.query_set), slice(key.query_block, key.query_block + 1)
+        other = slice(key.train_block, key.train_block + 1)
+        padded = _padded(kernel.cpu().numpy(), side, axes=(1, 3))[None, None]
+        store.write(path, (block, other, *(slice(0, length) for length in padded.shape[2:])), padded)
+        if key.train_block == (key.query_block if key.query_set == "train" else 0):
+            norms = _padded(norm2.cpu().numpy(), side, axes=(1,))[None]
+            store.write(f"{path}_norm2", (block, *(slice(0, length) for length in norms.shape[1:])), norms)
+        return {}
 
 
 class _StoredRows:

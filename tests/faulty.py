@@ -15,6 +15,7 @@ from ray_tracin.stages import Result, Stage
 from ray_tracin.vocabulary import SliceRange
 
 ARRAY = "squares.zarr/x"
+BROKEN = "BROKEN_DEVICE"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Square(Stage[SliceRange]):
         return {int(path.name.split("-")[2]) for path in self.attempts.iterdir()}
 
     def _square(self, key: SliceRange) -> Result:
+        if BROKEN in os.environ:
+            _break_device()
         before = self.tries(key.start)
         (self.attempts / f"{key.start}-{before}-{os.getpid()}-{time.monotonic_ns()}").touch()
         what, _, when = self.trouble.get(key.start, "").partition(" ")
@@ -83,6 +86,15 @@ def _raise(error: Exception) -> None:
     raise error
 
 
+def _break_device() -> None:
+    """Leave this process, as CUDA does after an error, unable to do anything more; in the words of PyTorch 2.13."""
+    os.environ[BROKEN] = "1"
+    raise RuntimeError(
+        "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported at "
+        "some other API call.\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
+    )
+
+
 def _exhaust_memory() -> None:
     """Ask for more than the process may have, for real."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -106,6 +118,7 @@ def _fill_memory() -> None:
 TROUBLES: dict[str, Callable[[], Any]] = {
     "value": lambda: _raise(ValueError("expected a number that can be squared")),
     "error": lambda: _raise(RuntimeError("the device is lost")),
+    "device": _break_device,
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "hangs": lambda: time.sleep(120),
     "memory": _exhaust_memory,

@@ -111,8 +111,9 @@ def gpu() -> Iterator[torch.device]:
         patch.setitem(influence.EXPANDED_VALUES, DEVICE.type, 10_000)
         patch.setattr(arithmetic, "MIXED_DEVICES", (DEVICE.type,))
         for name, module in list(sys.modules.items()):
-            if name.startswith("ray_tracin.") and hasattr(module, "pick_device"):
-                patch.setattr(module, "pick_device", lambda run: DEVICE)
+            for choice in ("pick_device", "device_here"):
+                if name.startswith("ray_tracin.") and hasattr(module, choice):
+                    patch.setattr(module, choice, lambda run: DEVICE)
         # Parameters are made anew when a module moves: one can't turn into a tensor of another class.
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)

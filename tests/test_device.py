@@ -1,5 +1,6 @@
 """What is computed on a GPU, on a device that pretends to be one: with numbers, and nothing of the host mixed in."""
 
+import shutil
 from pathlib import Path
 
 import networks
@@ -11,12 +12,16 @@ from conftest import TINY
 from test_gradients import CASES, by_parameter, differentiator
 from test_querying import EVERYTHING, known_case
 
+from ray_tracin.curves import feature_maps
+from ray_tracin.devices import pick_device
+from ray_tracin.figures import DrawFigures
 from ray_tracin.influence import tile_kernel
+from ray_tracin.labelmaps import export_label_maps
 from ray_tracin.pipeline import Executors, index_sketches, run_to
 from ray_tracin.querying import EXACT, read_scan, scan_influence
 from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import Run, start_run
-from ray_tracin.stages import execute_serially
+from ray_tracin.stages import complete, execute_serially
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 
@@ -86,3 +91,19 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     """The difference where both have a value; where one has none the other must have none."""
     assert torch.equal(got.isnan(), expected.isnan())
     return oracle.difference(got.nan_to_num(), expected.nan_to_num().double())
+
+
+def test_what_was_made_on_gpus_is_looked_at_without_one(tiny_run: Run, tmp_path: Path) -> None:
+    copied = shutil.copytree(tiny_run.uri, tmp_path / "run")
+    run = start_run(copied, overrides=["resources.device=cuda"])
+    with pytest.raises(ValueError, match=r"expected a GPU on .* \(resources.device is cuda.* sees none there: set res"):
+        pick_device(run)
+    for receipt in Path(copied, "receipts/figures").iterdir():
+        receipt.unlink()
+    complete(DrawFigures(run), execute_serially, lambda event: None)
+    assert next(feature_maps(run, [0], 1)).shape == (32, 32)
+    folder, rows = known_case(run)
+    assert len(list(export_label_maps(run, tmp_path / "maps", folder.name))) == 4
+    influence = scan_influence(run, read_scan(run, folder), EXACT)
+    positions = [run.query_slices("test").index(row) for row in rows]
+    assert relative(influence, torch.from_numpy(run.influence("test")[:])[:, positions]) < 1e-5

@@ -385,6 +385,19 @@ def test_what_differs_by_rounding_alone_passes_the_check(monkeypatch):
         differentiator(networks.seeded(Insisting), images).check(images, labels, masks)
 
 
+def test_memory_that_is_short_in_the_check_is_not_blamed_on_the_network(monkeypatch):
+    images, labels, masks = networks.batch()
+    engine = differentiator(networks.seeded(unet), images)
+    monkeypatch.setattr(gradients, "TOLERANCE", 1e-12)
+    monkeypatch.setattr(RegionDifferentiator, "_in_float64", lambda _: raised(torch.OutOfMemoryError("CUDA")))
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.check(images, labels, masks)
+
+
+def raised(error):
+    raise error
+
+
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 def test_the_check_is_made_in_float32_whatever_the_precision(precision, monkeypatch):
     used = []

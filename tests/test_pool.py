@@ -1,5 +1,6 @@
 """The pool of actors: every key is done or listed with its reason, whatever happens to workers."""
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,28 @@ from conftest import TINY
 from faulty import ARRAY, GpuSquare, Square
 from ray._private.internal_api import memory_summary
 
-from ray_tracin import attribution, runtime
+from ray_tracin import attribution, runtime, tiling
 from ray_tracin.attribution import Differentiate
-from ray_tracin.capacity import refuse_nodes_without_memory
+from ray_tracin.capacity import on_one_device, refuse_nodes_without_memory, room_for
 from ray_tracin.costs import collect_events
+from ray_tracin.faults import device_failed
 from ray_tracin.pipeline import Executors, run_to
-from ray_tracin.planning import plan_of
+from ray_tracin.planning import _plan_by_patients, plan_of
 from ray_tracin.pool import Pool
 from ray_tracin.presets import build_config
-from ray_tracin.runs import Run, start_run
+from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor, require_one_storage
-from ray_tracin.stages import Event, StageError, complete, done_receipts, execute_serially, halving
+from ray_tracin.stages import (
+    Event,
+    StageError,
+    StageWorker,
+    complete,
+    done_receipts,
+    execute_serially,
+    halving,
+    out_of_memory,
+)
+from ray_tracin.tiling import ComputeTiles
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_cluster")]
 
@@ -77,6 +89,17 @@ def test_a_key_that_always_ends_its_worker_is_given_up_and_the_others_are_done(r
     assert "000004-000006: its worker's process died: killed, crashed, or out of memory" in str(caught.value)
     assert len(done_receipts(stage)) == 5
     assert stage.tries(4) == 3
+
+
+def test_a_process_whose_gpu_failed_is_replaced_at_once(run: Run, attempts: Path) -> None:
+    alone = Run(run.store, build_config("demo", None, ["resources.workers=1"]))
+    stage = Square(alone, attempts, {0: "device"})
+    events = on_ray(stage)
+    assert np.array_equal(run.store.read(ARRAY), stage.expected())
+    assert [event.detail for event in events if event.kind == "again"] == [
+        "error: RuntimeError: CUDA error: an illegal memory access was encountered"
+    ]
+    assert len(stage.workers_seen()) == 2
 
 
 def test_a_key_that_hangs_with_the_only_worker_is_tried_with_a_new_one(run: Run, attempts: Path) -> None:
@@ -179,7 +202,69 @@ def test_training_on_a_gpu_that_is_nowhere_is_refused(tiny_run: Run, patients: P
         run_to(run, "train", Executors(pool, pool), lambda event: None)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "torch_has_one", "embedded", "cluster"),
+    [(2, True, "cuda", "cuda"), (2, False, "cpu", "cuda"), (0, True, "cpu", "cpu")],
+)
+def test_an_open_choice_of_device_is_settled_by_what_ray_has(
+    run: Run, monkeypatch: pytest.MonkeyPatch, gpus: int, torch_has_one: bool, embedded: str, cluster: str
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, **({"GPU": float(gpus)} if gpus else {})})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_has_one)
+    for kind, device in (("embedded", embedded), ("joined", embedded), ("cluster", cluster)):
+        settled = on_one_device(run, kind)
+        assert settled.config.resources.device == device
+        assert settled.fingerprint == run.fingerprint
+        assert _plan_by_patients(settled.config, None, 28).memory.device == device
+    asked = Run(run.store, build_config("demo", None, ["resources.device=cpu"]))
+    assert on_one_device(asked, "cluster") is asked
+
+
+def test_a_share_of_a_gpu_is_of_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = {"Alive": True, "NodeID": "one", "Resources": {"GPU": 4.0, "CPU": 8.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    shares = {1.0: 4, 0.6: 4, 0.5: 8, 1 / 3: 12, 0.1: 40}
+    assert {share: room_for({"num_gpus": share, "num_cpus": 0}) for share in shares} == shares
+    assert room_for({"num_cpus": 3.0}) == 2
+
+
 # Memory
+
+
+def test_a_worker_that_shares_a_gpu_keeps_to_its_share(
+    run: Run, attempts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+
+    def name(stage: type[Square], here: bool, *overrides: str) -> str:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
+        settings = [f"resources.{one}" for one in overrides]
+        return StageWorker(stage(Run(run.store, build_config("demo", None, settings)), attempts)).name.split(":")[2]
+
+    assert name(GpuSquare, True, "gpus_per_worker=0.5") == "a GPU"
+    assert shares == [0.475]
+    assert name(GpuSquare, True) == "a GPU"
+    assert name(GpuSquare, True, "gpus_per_worker=0.5", "device=cpu") == "cpu"
+    assert name(GpuSquare, False, "gpus_per_worker=0.5") == "cpu"
+    assert name(Square, True, "gpus_per_worker=0.5") == "cpu"
+    assert shares == [0.475]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "GET was unable to find an engine to execute this computation",
+    ],
+)
+def test_memory_that_is_short_on_a_gpu_is_known_in_all_its_words(words: str) -> None:
+    assert out_of_memory(RuntimeError(words))
+    assert not device_failed(RuntimeError(words))
 
 
 def test_a_worker_after_one_that_ran_out_of_memory_gets_as_much_more_as_a_node_has() -> None:
@@ -208,6 +293,24 @@ def test_a_batch_is_halved_until_it_fits_for_real() -> None:
         halving(lambda size: torch.empty(1 << 50, dtype=torch.uint8), 4)
     with pytest.raises(RuntimeError, match="another"):
         halving(lambda size: (_ for _ in ()).throw(RuntimeError("another")), 4)
+
+
+def test_tiles_begin_with_what_fitted_before(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(shutil.copytree(tiny_run.uri, tmp_path / "run"))
+    asked, multiply = [], tiling.tile_kernel
+
+    def short_of_memory(*sides: Any, chunk_values: int, **options: Any) -> Any:
+        asked.append(chunk_values)
+        if chunk_values > 1 << 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return multiply(*sides, chunk_values=chunk_values, **options)
+
+    monkeypatch.setattr(tiling, "tile_kernel", short_of_memory)
+    stage = ComputeTiles(run, run.config.influence_epochs())
+    work = stage.open()
+    for key in stage.keys()[:3]:
+        work(key)
+    assert asked == [1 << 23, 1 << 22, 1 << 21, 1 << 20, 1 << 20, 1 << 20]
 
 
 def test_gradients_in_halved_batches_are_the_same(

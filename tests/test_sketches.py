@@ -6,6 +6,7 @@ import networks
 import pytest
 import torch
 
+from ray_tracin import sketches
 from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.influence import tile_kernel
 from ray_tracin.sketches import Sketcher, estimate_kernel
@@ -48,8 +49,8 @@ def test_a_sketch_that_holds_everything_gives_the_kernel(name):
     layout, values = packed(name)
     sketcher = Sketcher(layout, size=10_000, seed="a")
     assert sketcher.values == layout.columns
-    sketches = sketcher.sketch(values)
-    torch.testing.assert_close(estimate_kernel(sketches, sketches), kernel(layout, values), rtol=1e-4, atol=1e-5)
+    whole = sketcher.sketch(values)
+    torch.testing.assert_close(estimate_kernel(whole, whole), kernel(layout, values), rtol=1e-4, atol=1e-5)
 
 
 def test_the_estimate_is_unbiased_and_its_spread_falls_with_the_size():
@@ -76,6 +77,20 @@ def test_the_sketch_of_a_slice_does_not_depend_on_its_batch():
     layout, values = packed("deep")
     sketcher = Sketcher(layout, 3, "a")
     torch.testing.assert_close(sketcher.sketch(values)[1:2], sketcher.sketch(values[1:2]))
+
+
+def test_sketches_are_made_in_the_arithmetic_of_gradients(monkeypatch):
+    seen, correlated = [], sketches._correlated
+
+    def watched(*given):
+        seen.append(torch.backends.cudnn.deterministic)
+        return correlated(*given)
+
+    monkeypatch.setattr(sketches, "_correlated", watched)
+    layout, values = packed("deep")
+    assert not torch.backends.cudnn.deterministic
+    Sketcher(layout, size=3, seed="a").sketch(values)
+    assert set(seen) == {True}
 
 
 def test_what_can_not_be_sketched_is_refused():
