@@ -78,14 +78,14 @@ def scan_lines(found: ScanExplanation) -> Iterator[str]:
         yield f"{what}: {line['pixels']} pixels, region Dice {line['dice']:.2f}"
         region = ["case", "index", "class_id"]
         mine = (found.ranking[region] == [line[name] for name in region]).all(axis=1)
-        shown = found.ranking[mine & (found.ranking["rank"] <= SHOWN)]
-        for side, ranking in shown.groupby("side", sort=False):
-            yield f"  {side}s: {'; '.join(_named(ranking))}"
+        for side, ranking in found.ranking[mine].groupby("side", sort=False):
+            yield f"  {side}s: {'; '.join(_named(ranking.head(SHOWN)))}"
 
 
 def _named(ranking: pd.DataFrame) -> Iterator[str]:
     return (
         f"{line.influence:+.3g} {line.patient}, slice {line.train_index}, {line.train_class}"
+        + (" (global explainer)" if line.is_global else "")
         for line in ranking.itertuples()
     )
 

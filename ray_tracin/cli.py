@@ -298,7 +298,7 @@ def explain(
     class_name: Annotated[str, typer.Option("--class", help="Name of the class.")],
     top: Annotated[int, typer.Option(min=1, help="How many proponents and opponents.")] = 10,
     picture: Annotated[Path | None, typer.Option("--out", help="Draw it too: a PNG file.")] = None,
-    keep_global: Annotated[bool, typer.Option("--keep-global", help="Global explainers too, marked *.")] = False,
+    keep_global: Annotated[bool, typer.Option("--keep-global", help="Global explainers too, marked.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """The local explanation of one region: which training regions pushed the network to it, and which against it.
@@ -363,7 +363,7 @@ def sketches(
 
 
 @app.command()
-def query(
+def query(  # noqa: PLR0913, PLR0917
     run: RunOption,
     case: Annotated[
         Path, typer.Option(exists=True, help="Folder of a new examination (or of several), or a CSV file.")
@@ -374,6 +374,7 @@ def query(
     size: Annotated[int | None, typer.Option(min=1, help="Index to use; the largest without it.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="From the run's gradient shards, not an index.")] = False,
     top: Annotated[int, typer.Option(min=1, help="How many proponents and opponents.")] = 20,
+    keep_global: Annotated[bool, typer.Option("--keep-global", help="Global explainers too, marked.")] = False,
     table: Annotated[Path | None, typer.Option("--out", help="Write the ranking: a .parquet or .csv file.")] = None,
     debug: DebugOption = False,
 ) -> None:
@@ -385,7 +386,8 @@ def query(
             if exact and size is not None:
                 raise UsageError("--exact reads the run's gradient shards and no index: leave --size out")
         started = time.monotonic()
-        found = explain_scan(opened, case, size=EXACT if exact else size, indices=index or (), k=top)
+        wanted = EXACT if exact else size
+        found = explain_scan(opened, case, size=wanted, indices=index or (), k=top, keep_global=keep_global)
         for note in found.notes:
             out.print(f"note: {note}", markup=False)
         for line in scan_lines(found):

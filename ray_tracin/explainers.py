@@ -94,6 +94,23 @@ def first_local(
     return (lists != NONE) & (before < k)
 
 
+def above_zero(key: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
+    """The key of a side without those who are not on it: NaN for all that isn't above 0."""
+    return torch.where(key > 0, key, torch.nan)
+
+
+def first_places(
+    key: Float32[Tensor, "query column"], left_out: Bool[Tensor, " column"], k: int
+) -> Int64[Tensor, "query rank"]:
+    """The columns of the k largest keys of every query that are not left out, each at its place among all columns.
+
+    `NONE` where a column is left out, and after the k.
+    """
+    lists = rank_regions(key, k + int(left_out.sum()))
+    chosen = first_local(lists, left_out, k) & ~left_out[lists.clamp(min=0)]
+    return lists.masked_fill(~chosen, NONE)
+
+
 def count_classes(
     lists: Int64[Tensor, "query rank"],
     is_global: Bool[Tensor, " column"],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ray_tracin import store as paths
 from ray_tracin.assembly import train_regions
-from ray_tracin.explainers import first_local, rank_regions
+from ray_tracin.explainers import NONE, above_zero, first_places
 from ray_tracin.explaining import SIDES, global_columns
 from ray_tracin.features import similarity
 from ray_tracin.featuring import MAXIMA, POOLED
@@ -143,11 +143,6 @@ def query_scores(run: Run, query_set: QuerySet, position: int, class_id: int) ->
     return found[class_id - 1]
 
 
-def above_zero(key: Tensor) -> Tensor:
-    """The key of a side without those who are not on it: NaN for all that isn't above 0."""
-    return torch.where(key > 0, key, torch.nan)
-
-
 def neutrality(run: Run, score: Float[Tensor, "query column"]) -> Float[Tensor, "query column"]:
     """What ranks the neutral regions of a query, nearest to 0 first; NaN where a train region has low overlap.
 
@@ -200,9 +195,9 @@ def predictive_features(run: Run, class_id: int) -> tuple[int, ...]:
 
 def _first(key: Tensor, left_out: Tensor, k: int) -> tuple[Array, Array]:
     """The columns of the k largest that are not left out, and their ranks among all."""
-    lists = rank_regions(key, k + int(left_out.sum()))
-    place = (first_local(lists, left_out, k) & ~left_out[lists.clamp(min=0)])[0].nonzero()[:, 0]
-    return lists[0, place].numpy(), (place + 1).numpy()
+    places = first_places(key, left_out, k)[0]
+    ranks = (places != NONE).nonzero()[:, 0]
+    return places[ranks].numpy(), (ranks + 1).numpy()
 
 
 def _with_links(run: Run, ranking: pd.DataFrame, query: Tensor, features: Sequence[int]) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""From packed gradients to influence: tiles of the kernel, the sum over checkpoints, and rankings of a row.
+"""From packed gradients to influence: tiles of the kernel, and the sum over checkpoints.
 
 The one idea: the inner product of two gradients is a sum over units, so a tile goes through the network a unit at a
 time: expand that unit's gradients once for all regions of both sides, multiply, add, drop them. No gradient is ever
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from ray_tracin.arithmetic import Each, arithmetic, multiply, operands, shared_threads
@@ -208,17 +208,3 @@ def sum_checkpoints(
     for kernel, rate in zip(kernels, learning_rates.double().tolist(), strict=True):
         total.add_(kernel, alpha=rate)
     return total.float()
-
-
-def rank_influence(
-    influence: Float[Tensor, " column"], k: int
-) -> tuple[Int64[Tensor, " proponent"], Int64[Tensor, " opponent"]]:
-    """The columns of the k largest values, largest first, and of the k smallest, smallest first.
-
-    Regions that don't exist (NaN) are left out; of equal values the lower column comes first. Fewer than k if there are
-    fewer. Not done: an opponent is among the smallest, whether or not its influence is below 0.
-    """
-    columns = (~influence.isnan()).nonzero()[:, 0]
-    values = influence[columns]
-    falling, rising = (torch.sort(values, descending=down, stable=True).indices[:k] for down in (True, False))
-    return columns[falling], columns[rising]

@@ -4,8 +4,8 @@ The one idea: nothing of the new scan enters the run. Its regions are gradients 
 training set is there as an index of sketches (an estimate, in seconds), or as the gradient shards of the run (exact).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from ray_tracin.attribution import (
 )
 from ray_tracin.config import DataConfig, SliceSelection
 from ray_tracin.devices import device_here
-from ray_tracin.explainers import without_zeros
+from ray_tracin.explainers import NONE, above_zero, first_places, without_zeros
+from ray_tracin.explaining import global_columns
 from ray_tracin.folders import Case, find_cases
 from ray_tracin.indexing import (
     agreement_path,
@@ -36,7 +37,6 @@ from ray_tracin.indexing import (
 from ray_tracin.influence import (
     EXPANDED_VALUES,
     SegmentReader,
-    rank_influence,
     sum_checkpoints,
     tile_kernel,
     train_columns,
@@ -55,6 +55,7 @@ from ray_tracin.regions import (
 from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import FINAL, Run
 from ray_tracin.stages import halving
+from ray_tracin.store import IncompleteRunError
 from ray_tracin.tiling import LEAST_EXPANDED_VALUES
 from ray_tracin.vocabulary import Precision, UsageError, checkpoint_name, ranges
 from ray_tracin.volumes import choose_slices, cut_slices, load_volume
@@ -85,11 +86,14 @@ class ScanExplanation:
     """A row a region: case, index, class_id, class_name, pixels, overlap, dice, labelled, warnings."""
     ranking: pd.DataFrame
     """A row a region, side (proponent or opponent) and rank: case, index and class_id of the region; influence; and of
-    the train region train_slice, patient, train_index, train_class_id, train_class, overlap."""
+    the train region train_slice, patient, train_index, train_class_id, train_class, overlap, is_global. As in
+    `explanation`, the rank is that among all train regions, global explainers included."""
     size: int
     """Of the sketches, 0 where the influence is exact."""
     agreement: pd.DataFrame
     """What an index of this size is worth on the run's own tensor; empty where the influence is exact."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many global explainers are not in the rankings, by class."""
 
     @property
     def notes(self) -> list[str]:
@@ -102,7 +106,13 @@ class ScanExplanation:
         found += [f"{case}: read with a warning: {warnings}" for case, warnings in read.itertuples(index=False)]
         unranked = self._unranked()
         if unranked:
-            found.append(f"{'; '.join(unranked)}: the gradient is 0, and so is every influence: nothing to rank")
+            why = (
+                "every influence is 0 or left out" if self.left_out else "the gradient is 0, and so is every influence"
+            )
+            found.append(f"{'; '.join(unranked)}: {why}: nothing to rank")
+        if self.left_out:
+            counts = ", ".join(f"{count} of {name}" for name, count in self.left_out.items())
+            found.append(f"global explainers are left out ({counts}); --keep-global keeps them")
         if self.size:
             found.append(f"influence is estimated by sketches of size {self.size}; {_worth(self.agreement)}")
         return found
@@ -115,13 +125,20 @@ class ScanExplanation:
 
 
 def explain_scan(
-    run: Run, source: str | Path, *, size: int | None = None, indices: Sequence[int] = (), k: int = 20
+    run: Run,
+    source: str | Path,
+    *,
+    size: int | None = None,
+    indices: Sequence[int] = (),
+    k: int = 20,
+    keep_global: bool = False,
 ) -> ScanExplanation:
     """The k strongest proponents and opponents of every region that the final network predicts on a new scan.
 
     ``source`` is a folder of one examination or several, or a CSV file, as ``data.root``. ``size`` picks an index
     (the largest without it), `EXACT` the gradient shards of the run; ``indices`` picks slices instead of the run's own
-    selection.
+    selection. Proponents are above 0 and opponents below. Global explainers of the run, which explain everything alike,
+    are left out unless ``keep_global``.
 
     Raises:
         UsageError: no such index, or no gradient shards.
@@ -138,7 +155,10 @@ def explain_scan(
         )
     influence = scan_influence(run, scan, size)
     agreement = run.store.read_table(agreement_path(size)) if size else pd.DataFrame()
-    return ScanExplanation(_region_table(run, scan), _rankings(run, scan, influence, k), size, agreement)
+    regions, left_out = _region_table(run, scan), global_explainers(run) & (not keep_global)
+    counts = {name: int(left_out[place].sum()) for place, name in enumerate(run.classes)}
+    told = {name: count for name, count in counts.items() if count and name in set(regions["class_name"])}
+    return ScanExplanation(regions, _rankings(run, scan, influence, left_out, k), size, agreement, told)
 
 
 def pick_index(run: Run, size: int | None) -> int:
@@ -288,34 +308,38 @@ def _region_table(run: Run, scan: Scan) -> pd.DataFrame:
     )
 
 
-def _rankings(run: Run, scan: Scan, influence: Tensor, k: int) -> pd.DataFrame:
+def _rankings(run: Run, scan: Scan, influence: Tensor, left_out: Tensor, k: int) -> pd.DataFrame:
     train = _train_table(run)
     ranked = torch.stack([without_zeros(queries) for queries in influence])
-    frames = [
-        train.iloc[columns].assign(
-            case=scan.table["case"].iloc[position],
-            index=scan.table["index"].iloc[position],
-            class_id=np.int8(class_id),
-            class_name=run.classes[class_id - 1],
-            side=side,
-            rank=np.arange(1, len(columns) + 1),
-            influence=influence[class_id - 1, position, columns].numpy(),
-        )
-        for class_id, position in _existing(influence)
-        for side, columns in zip(
-            ("proponent", "opponent"),
-            _sides(ranked[class_id - 1, position], k),
-            strict=True,
-        )
-    ]
+    is_global = global_explainers(run)
+    frames = []
+    for class_id, position in _existing(influence):
+        scores = ranked[class_id - 1, position : position + 1]
+        for side, key in (("proponent", scores), ("opponent", -scores)):
+            places = first_places(above_zero(key), left_out[class_id - 1], k)[0]
+            ranks = (places != NONE).nonzero()[:, 0]
+            columns = places[ranks]
+            frame = train.iloc[columns.tolist()].assign(
+                case=scan.table["case"].iloc[position],
+                index=scan.table["index"].iloc[position],
+                class_id=np.int8(class_id),
+                class_name=run.classes[class_id - 1],
+                side=side,
+                rank=(ranks + 1).numpy(),
+                influence=scores[0, columns].numpy(),
+                is_global=is_global[class_id - 1, columns].numpy(),
+            )
+            frames.append(frame)
     first = ["case", "index", "class_id", "class_name", "side", "rank", "influence"]
-    return pd.concat(frames, ignore_index=True)[[*first, *train.columns]]
+    return pd.concat(frames, ignore_index=True)[[*first, *train.columns, "is_global"]]
 
 
-def _sides(influence: Tensor, k: int) -> tuple[list[int], list[int]]:
-    """The columns of the k largest above 0, and of the k smallest below."""
-    proponents, opponents = rank_influence(influence, k)
-    return proponents[influence[proponents] > 0].tolist(), opponents[influence[opponents] < 0].tolist()
+def global_explainers(run: Run) -> Tensor:
+    """Which train regions are global explainers for each class, (class, column); none where they are not known yet."""
+    try:
+        return torch.from_numpy(global_columns(run))
+    except IncompleteRunError:
+        return torch.zeros((len(run.classes), len(train_regions(run)[0])), dtype=torch.bool)
 
 
 def _existing(influence: Tensor) -> Iterator[tuple[int, int]]:

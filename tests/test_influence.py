@@ -12,7 +12,6 @@ from monai.networks.nets import BasicUNet
 from ray_tracin import arithmetic, correlation, influence
 from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.influence import (
-    rank_influence,
     sum_checkpoints,
     tile_bytes,
     tile_kernel,
@@ -249,28 +248,3 @@ def test_checkpoints_are_summed_in_float64():
     # In float32, 1 + 2⁻²⁵ is 1, and subtracting 1 leaves 0.
     kernels = torch.tensor([1.0, 2.0**-25, -1.0]).view(3, 1, 1, 1)
     assert sum_checkpoints(kernels, torch.ones(3)).item() == 2.0**-25
-
-
-def test_ranking_leaves_absent_regions_out_and_breaks_ties_by_column():
-    row = torch.tensor([0.5, math.nan, 2.0, -1.0, 2.0, -1.0, math.nan])
-    proponents, opponents = rank_influence(row, 3)
-    assert proponents.tolist() == [2, 4, 0]
-    assert opponents.tolist() == [3, 5, 0]
-
-
-def test_ranking_of_fewer_than_k():
-    proponents, opponents = rank_influence(torch.tensor([math.nan, 1.0, 3.0]), 5)
-    assert proponents.tolist() == [2, 1]
-    assert opponents.tolist() == [1, 2]
-    assert [len(side) for side in rank_influence(torch.full((4,), math.nan), 5)] == [0, 0]
-
-
-@given(
-    st.lists(st.one_of(st.floats(-9, 9, width=32, allow_subnormal=False), st.just(math.nan)), min_size=1, max_size=30),
-    st.integers(1, 9),
-)
-def test_ranking_equals_a_sort_of_pairs(values, k):
-    present = [(value, column) for column, value in enumerate(values) if not math.isnan(value)]
-    proponents, opponents = rank_influence(torch.tensor(values), k)
-    assert proponents.tolist() == [c for _, c in sorted(present, key=lambda pair: (-pair[0], pair[1]))][:k]
-    assert opponents.tolist() == [c for _, c in sorted(present)][:k]

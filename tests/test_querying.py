@@ -13,12 +13,14 @@ from typer.testing import CliRunner
 from ray_tracin.attribution import Differentiate
 from ray_tracin.claims import ClaimHeldError, driving
 from ray_tracin.cli import app
+from ray_tracin.explanation import explain_region
 from ray_tracin.indexing import IndexSketches, agreement_path, indexed_sizes
 from ray_tracin.integrity import verify
 from ray_tracin.pipeline import Executors, index_sketches, release_gradients, status
-from ray_tracin.querying import EXACT, ScanExplanation, explain_scan, read_scan, scan_influence
+from ray_tracin.querying import EXACT, ScanExplanation, explain_scan, global_explainers, read_scan, scan_influence
 from ray_tracin.runs import Run, open_run
 from ray_tracin.stages import Event, complete, execute_serially
+from ray_tracin.store import GLOBAL_EXPLAINERS
 
 SERIAL = Executors(execute_serially, execute_serially)
 EVERYTHING = 10_000
@@ -55,7 +57,7 @@ def test_a_scan_that_the_run_knows_has_the_influence_of_the_run(indexed: Run, si
 
 def test_the_ranking_is_that_of_the_tensor(indexed: Run) -> None:
     folder, rows = known_case(indexed)
-    found = explain_scan(indexed, folder, size=EXACT, k=3)
+    found = explain_scan(indexed, folder, size=EXACT, k=3, keep_global=True)
     assert found.size == 0
     region = ["case", "index", "class_name"]
     ranked = set(found.ranking[region].itertuples(index=False, name=None))
@@ -72,6 +74,28 @@ def test_the_ranking_is_that_of_the_tensor(indexed: Run) -> None:
         values = np.sort(values[~np.isnan(values)])
         expected = values[::-1][:3] if side == "proponent" else values[:3]
         np.testing.assert_allclose(group.sort_values("rank")["influence"], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep_global", [False, True])
+def test_a_scan_of_the_run_is_ranked_as_its_own_explanation(indexed: Run, keep_global: bool) -> None:
+    globals_of = global_explainers(indexed).sum(1).tolist()
+    # Of the run's own shares all regions are global for the one class, so that nothing would be left.
+    chosen = indexed.store.read_table(GLOBAL_EXPLAINERS)
+    is_global = chosen["is_global"] & (chosen["train_slice"] % 2 == 0)
+    run = open_run(shutil.copytree(indexed.uri, Path(indexed.uri).with_name(f"some-{keep_global}")))
+    run.store.write_table(GLOBAL_EXPLAINERS, chosen.assign(is_global=is_global), recorded=False)
+    assert 0 < int(is_global.sum()) < sum(globals_of)
+    folder, _ = known_case(run)
+    found = explain_scan(run, folder, size=EXACT, k=4, keep_global=keep_global)
+    assert bool(found.left_out) is not keep_global
+    assert ("--keep-global" in found.notes[-1]) is not keep_global
+    assert set(found.ranking["is_global"]) == ({False, True} if keep_global else {False})
+    for (index, name), group in found.ranking.groupby(["index", "class_name"]):
+        expected = explain_region(run, folder.name, index, name, 4, keep_global=keep_global)
+        for side, table in (("proponent", expected.proponents), ("opponent", expected.opponents)):
+            mine = group[group["side"] == side]
+            columns = {"rank": "rank", "train_slice": "slice", "train_class_id": "class_id", "is_global": "is_global"}
+            assert mine[[*columns]].to_numpy().tolist() == table[[*columns.values()]].to_numpy().tolist()
 
 
 def test_the_agreement_is_measured_on_the_runs_tensor(indexed: Run) -> None:
@@ -138,7 +162,7 @@ def test_a_missing_index_or_shards_are_named(tiny_run: Run, indexed: Run, tmp_pa
 
 def test_the_command_answers_and_writes_the_ranking(indexed: Run, tmp_path: Path) -> None:
     folder, _ = known_case(indexed)
-    arguments = ["query", "--run", indexed.uri, "--case", str(folder), "--size", "2", "--top", "3"]
+    arguments = ["query", "--run", indexed.uri, "--case", str(folder), "--size", "2", "--top", "3", "--keep-global"]
     done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "new" / "ranking.parquet")])
     assert done.exit_code == 0, done.output
     assert "estimated by sketches of size 2" in done.output
@@ -158,7 +182,7 @@ def test_regions_that_are_annotated_as_nothing_rank_nobody_and_warnings_are_note
     image = nib.load(path)
     nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine, image.header), path)
     indices = [int(index) for index in indexed.slices.set_index("slice")["index"][rows]]
-    found = explain_scan(indexed, copy, size=EXACT, indices=indices, k=2)
+    found = explain_scan(indexed, copy, size=EXACT, indices=indices, k=2, keep_global=True)
     assert len(found.regions) > 0
     assert (found.regions["overlap"] == 0).all()
     assert found.ranking.empty
@@ -186,3 +210,7 @@ def test_notes_name_the_regions_without_a_ranking_and_each_warning_once() -> Non
         "A, slice 3, ED: the gradient is 0, and so is every influence: nothing to rank",
     ]
     assert ScanExplanation(regions.iloc[2:], ranking, EXACT, pd.DataFrame()).notes == []
+    assert ScanExplanation(regions.iloc[1:2], ranking.iloc[1:], EXACT, pd.DataFrame(), {"ET": 7}).notes[1:] == [
+        "A, slice 3, ET: every influence is 0 or left out: nothing to rank",
+        "global explainers are left out (7 of ET); --keep-global keeps them",
+    ]
