@@ -97,8 +97,7 @@ def explain_region(
     Global explainers, which explain everything alike, are left out unless ``keep_global``.
 
     Raises:
-        UsageError: there is no such class or slice; what there is, is listed.
-        ValueError: there is no such region; those of the slice are listed.
+        UsageError: there is no such class, slice or region; what there is, is listed.
         IncompleteRunError: the tensor is not computed yet.
     """
     class_id = _class_id(run, class_name)
@@ -108,7 +107,7 @@ def explain_region(
     region = table[(table["slice"] == row) & (table["class"] == class_id)].iloc[0]
     scores = query_scores(run, query_set, position, class_id)
     if bool(scores.influence.isnan().all()):
-        raise ValueError(_no_region(run, row, class_name))
+        raise UsageError(_no_region(run, row, class_name))
     is_global, features, missing = _context(run, class_id)
     left_out = torch.zeros_like(is_global) if keep_global else is_global
     keys = {side: above_zero(sign * scores.ranked) for side, sign in SIDES.items()}
@@ -217,8 +216,9 @@ def _slice_row(run: Run, patient: str, index: int) -> int:
     mine = run.slices_of(patient)
     chosen = mine.loc[mine["index"] == index, "slice"]
     if len(chosen) != 1:
-        positions = ", ".join(f"{case}: {list(group['index'])}" for case, group in mine.groupby("case"))
-        raise UsageError(f"patient {patient} has {len(chosen)} slices at index {index}; slices are at {positions}")
+        there = "; ".join(f"{', '.join(map(str, group['index']))} of {case}" for case, group in mine.groupby("case"))
+        found = "several slices" if len(chosen) else "no slice"
+        raise UsageError(f"{patient} has {found} at index {index}; there are {there}: give one, and the case")
     return int(chosen.iloc[0])
 
 

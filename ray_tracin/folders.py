@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ray_tracin.config import DataConfig
-from ray_tracin.vocabulary import CaseKey
+from ray_tracin.vocabulary import CaseKey, UsageError
 
 Dialect = Literal["brats", "brats2023", "csv"]
 """How a data set names its files: as BraTS did until 2022, as it does since 2023, or as a CSV file says."""
@@ -101,8 +101,9 @@ def find_cases(config: DataConfig) -> tuple[list[Case], list[Skipped]]:
 
     Raises:
         FileNotFoundError: ``data.root`` does not exist.
-        ValueError: it is not set, is empty or holds no usable case; two cases have one name; the grade or cohort
-            asked for can't be told; or, under ``data.strict``, any case is skipped.
+        UsageError: it is not set or holds no case; two cases have one name; or the grade or cohort asked for can't be
+            told.
+        ValueError: none of its cases can be used, or, under ``data.strict``, any is skipped.
     """
     root = existing_root(config)
     listing = _listing(root, config)
@@ -119,7 +120,7 @@ def find_cases(config: DataConfig) -> tuple[list[Case], list[Skipped]]:
     _refuse_twins(cases)
     cases = _of_cohort(_of_grade(cases, skipped, config), mapping, config)
     if not cases:
-        raise ValueError(f"{root}: no case is left with data.grade {config.grade} and data.cohort {config.cohort}")
+        raise UsageError(f"{root}: no case is left with data.grade {config.grade} and data.cohort {config.cohort}")
     if config.strict and skipped:
         raise ValueError(f"{skipped[0].case} can't be used, and none may be left out: {skipped[0].reason}")
     return sorted(cases, key=lambda case: case.case), sorted(skipped, key=lambda skip: (skip.case, skip.path))
@@ -138,11 +139,11 @@ def existing_root(config: DataConfig) -> Path:
     """``data.root``.
 
     Raises:
-        ValueError: it is not set.
+        UsageError: it is not set.
         FileNotFoundError: it does not exist.
     """
     if not config.root:
-        raise ValueError(f"data.root is not set: give the folder or CSV file of the patients; {KNOWN_LAYOUTS}")
+        raise UsageError(f"data.root is not set: give the folder or CSV file of the patients; {KNOWN_LAYOUTS}")
     root = Path(config.root).expanduser()
     if not root.exists():
         raise FileNotFoundError(
@@ -157,7 +158,7 @@ def _listing(root: Path, config: DataConfig) -> Path | None:
     listing = root / LISTING if root.is_dir() else root
     if config.layout == "brats":
         if not root.is_dir():
-            raise ValueError(f"data.root {root} is a file, data.layout brats expects a folder: set data.layout csv")
+            raise UsageError(f"data.root {root} is a file, data.layout brats expects a folder: set data.layout csv")
         return None
     if config.layout == "auto" and root.is_dir() and not listing.exists():
         return None
@@ -166,7 +167,7 @@ def _listing(root: Path, config: DataConfig) -> Path | None:
             f"{listing} does not exist: data.layout csv reads a CSV file or {LISTING} in the folder"
         )
     if listing.suffix.lower() != ".csv":
-        raise ValueError(f"data.root {root} is a file that is no CSV file; {KNOWN_LAYOUTS}")
+        raise UsageError(f"data.root {root} is a file that is no CSV file; {KNOWN_LAYOUTS}")
     return listing
 
 
@@ -309,24 +310,24 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 if any(values.values()):
                     yield reader.line_num, values
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: expected text in UTF-8, found other bytes: save it as UTF-8 ({error})") from None
+            raise UsageError(f"{path}: expected text in UTF-8, found other bytes: save it as UTF-8 ({error})") from None
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}: close or double its quotes") from None
+            raise UsageError(f"{path}, line {reader.line_num}: {error}: close or double its quotes") from None
 
 
 def _refuse_twin_columns(path: Path, names: Sequence[str]) -> None:
     twins = sorted({name for name in names if name and names.count(name) > 1})
     if twins:
-        raise ValueError(f"{path}: expected different columns, found {', '.join(twins)} twice: rename or remove one")
+        raise UsageError(f"{path}: expected different columns, found {', '.join(twins)} twice: rename or remove one")
 
 
 def _listed_cases(listing: Path, config: DataConfig) -> Iterator[Case | Skipped]:
     rows = list(_rows(listing))
     if not rows:
-        raise ValueError(f"{listing} lists no patient: expected a header and one row an examination")
-    missing = [name for name in ("patient", *config.modalities, "label") if name not in rows[0][1]]
+        raise UsageError(f"{listing} lists no patient: expected a header and one row an examination")
+    missing = [name for name in ("patient", *config.modalities) if name not in rows[0][1]]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"{listing} has no column {', '.join(missing)}; found {', '.join(rows[0][1])}: separate by commas, and "
             "name the columns of the images in data.modalities"
         )
@@ -344,7 +345,7 @@ def _listed_case(listing: Path, line: int, row: Mapping[str, str], config: DataC
     if empty:
         return Skipped(case, source, f"expected a path for {', '.join(empty)}, found an empty cell: complete the row")
     modalities = {name: listing.parent / row[name] for name in config.modalities}
-    label = listing.parent / row["label"] if row["label"] else None
+    label = listing.parent / row["label"] if row.get("label") else None
     absent = [path for path in (*modalities.values(), label) if path is not None and not path.exists()]
     if absent:
         return Skipped(case, source, f"{absent[0]} does not exist: paths are relative to {listing.parent}")
@@ -369,7 +370,7 @@ def _refuse_nothing(cases: Sequence[Case], skipped: Sequence[Skipped], root: Pat
         raise ValueError(f"{root} holds no usable case; {first}")
     entries = sorted(root.iterdir()) if root.is_dir() else []
     found = f"found {_names(entries)}" if entries else "the folder is empty"
-    raise ValueError(f"{root} holds no case: {found}; point data.root at the extracted data; {KNOWN_LAYOUTS}")
+    raise UsageError(f"{root} holds no case: {found}; give the folder of the extracted data; {KNOWN_LAYOUTS}")
 
 
 def _refuse_twins(cases: Sequence[Case]) -> None:
@@ -379,11 +380,11 @@ def _refuse_twins(cases: Sequence[Case]) -> None:
         if other is case:
             continue
         if other.case != case.case:
-            raise ValueError(
+            raise UsageError(
                 f"cases {other.case!r} of {other.source} and {case.case!r} of {case.source} would both be called "
                 f"{CaseKey(case.case)} in the names of files: rename one"
             )
-        raise ValueError(
+        raise UsageError(
             f"case {case.case} is there twice, in {other.source} and {case.source}: point data.root at one copy, "
             "or in a CSV file tell examinations of one patient apart by a column case"
         )
@@ -395,7 +396,7 @@ def _of_grade(cases: list[Case], skipped: list[Skipped], config: DataConfig) -> 
         return cases
     unknown = [case for case in cases if case.grade is None]
     if len(unknown) == len(cases):
-        raise ValueError(
+        raise UsageError(
             f"data.grade {config.grade} can't be told: expected folders HGG and LGG, a name_mapping.csv with a column "
             "Grade, or a column grade in the CSV file (BraTS publishes none since 2021); set data.grade all"
         )
@@ -410,7 +411,7 @@ def _of_cohort(cases: list[Case], mapping: Mapping[str, Mapping[str, str]], conf
         return cases
     of_2019 = {case.case for case in cases if case.case.lower().startswith("brats19_")}
     if len(of_2019) < len(cases) and not any(_COHORT_COLUMN in row for row in mapping.values()):
-        raise ValueError(
+        raise UsageError(
             f"data.cohort brats2019 can't be told: {len(cases) - len(of_2019)} of {len(cases)} cases are not named "
             f"BraTS19_… and no name_mapping.csv has the column {_COHORT_COLUMN}; use BraTS 2019 or 2020, or set "
             "data.cohort all"

@@ -27,7 +27,7 @@ from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import Run, is_run, open_run_with, read_document
 from ray_tracin.store import IncompleteRunError, RunStore
 from ray_tracin.unet import HEAD, build_unet
-from ray_tracin.vocabulary import QuerySet, ranges
+from ray_tracin.vocabulary import QuerySet, UsageError, ranges
 
 PAIR_BYTES = 6
 """A pair of regions in the exported table. Measured, as what follows, on the demo: 5.3, 5 KiB, 0.9, 5 MB."""
@@ -304,6 +304,8 @@ def plan_run(
     document = read_document(config)
     given = document is not None or preset is not None or overrides
     if uri is not None and (not given or is_run(uri)):
+        if patients is not None:
+            raise UsageError(f"{uri} is there and has its own patients: leave --patients out, or give another --run")
         return plan_of(open_run_with(uri, preset=preset, config=config, overrides=overrides))
     if not given:
         raise ValueError("give --run of a run that exists, --config FILE, or --preset demo|paper")

@@ -21,7 +21,7 @@ from ray_tracin.nifti import VolumeError
 from ray_tracin.runs import Run
 from ray_tracin.stages import Result, Stage
 from ray_tracin.store import Array, IncompleteRunError, Receipt
-from ray_tracin.vocabulary import CaseKey, Split
+from ray_tracin.vocabulary import CaseKey, Split, UsageError
 from ray_tracin.volumes import (
     Inspection,
     LabelScheme,
@@ -110,7 +110,7 @@ class Index(Stage[str]):
         try:
             scheme = decide_label_scheme(values, config.data, decide_dialect(found.case for found in inspections))
         except ValueError as error:
-            raise ValueError(f"{error}\n  {_holders(inspections)}") from None
+            raise UsageError(f"{error}\n  {_holders(inspections)}") from None
         try:
             splits = split_patients(labelled, config.split, config.seed)
         except ValueError as error:

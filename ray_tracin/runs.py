@@ -313,7 +313,7 @@ def _wanted(
         listed = "\n  ".join(differences)
         raise ValueError(
             f"the run at {run.uri} has another configuration (stored → given):\n  {listed}\n"
-            "Leave these settings out to go on with it, or give another --run"
+            f"`ray-tracin run --run {run.uri}`, without them, goes on with it as it is; or give another --run"
         )
     return wanted, bool(differences)
 

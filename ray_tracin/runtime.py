@@ -33,6 +33,7 @@ from ray_tracin.planning import plan_of
 from ray_tracin.pool import SLOWER_THAN_MEDIAN, Pool
 from ray_tracin.stages import Attempt, Event, Listener, Outcome, Report, Stage, StageWorker, sound_receipts
 from ray_tracin.store import IncompleteRunError, now
+from ray_tracin.vocabulary import UsageError
 
 OBJECT_STORE_BYTES = 128 << 20
 CONNECT_SECONDS = 10.0
@@ -161,7 +162,7 @@ class RayExecutor:
         )
         if stage.processes > 1:
             settings = f"training.workers, {settings}"
-        raise ValueError(
+        raise UsageError(
             f"stage {stage.name} wants {stage.processes} × {wanted}, and Ray has {here.get('CPU', 0):g} CPUs and "
             f"{here.get('GPU', 0):g} GPUs here, and won't get more: change {settings}, or give --address of a cluster"
         )

@@ -182,14 +182,14 @@ def decide_label_scheme(values: Iterable[int], config: DataConfig, dialect: Dial
     {1, 2, 3} as BraTS 2023; a CSV file is not assumed to be BraTS: its values are classes in ascending order.
 
     Raises:
-        ValueError: nothing is labelled, or the values don't tell the scheme (3 and 4 together, above all); or
-            ``data.labels`` names the background, a class twice, or more than 255 classes.
+        ValueError: nothing is labelled, or the values don't tell the scheme (3 and 4 together, above all), or the one
+            asked for lacks some; or ``data.labels`` names the background, a class twice, or more than 255 classes.
     """
-    if config.labels is not None:
-        return LabelScheme("labels", _checked_labels(config.labels))
-    if config.label_scheme != "auto":
-        return LabelScheme(config.label_scheme, SCHEMES[config.label_scheme])
     found = sorted(set(values) - {0})
+    if config.labels is not None:
+        return _knowing(LabelScheme("labels", _checked_labels(config.labels)), found)
+    if config.label_scheme != "auto":
+        return _knowing(LabelScheme(config.label_scheme, SCHEMES[config.label_scheme]), found)
     if not found:
         raise ValueError("no voxel of the data set is labelled: training and influence need ground truth")
     if dialect == "csv":
@@ -410,6 +410,17 @@ def _checked_labels(labels: Mapping[int, str]) -> dict[int, str]:
             f"different names, got {dict(labels)}"
         )
     return dict(labels)
+
+
+def _knowing(scheme: LabelScheme, found: Iterable[int]) -> LabelScheme:
+    """The scheme, if it has all of some label values."""
+    unknown = sorted(set(found) - {*scheme.classes})
+    if unknown:
+        raise ValueError(
+            f"label values {unknown} are not in the scheme {scheme.name} {dict(scheme.classes)}: add them to "
+            "data.labels, choose another data.label_scheme, or mend the segmentations"
+        )
+    return scheme
 
 
 def _class_ids(labels: Labels, scheme: LabelScheme, case: str) -> UInt8[np.ndarray, "i j k"]:

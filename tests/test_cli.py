@@ -135,7 +135,8 @@ class TestBadData:
             for path in root.glob("HGG/*/*_seg.nii.gz"):
                 path.unlink()
         done = prepare(root, tmp_path / "run")
-        assert done.exit_code == 1
+        # Another folder would help; or other data alone.
+        assert done.exit_code == (2 if what == "empty folder" else 1)
         assert re.search(message, done.stderr)
         assert "Traceback" not in done.stderr
         assert str(root) in done.stderr
@@ -185,7 +186,7 @@ class TestBadData:
         labels[labels == 2] = value
         nibabel.save(nibabel.Nifti1Image(labels, image.affine), seg)
         done = prepare(own_patients, tmp_path / "run")
-        assert done.exit_code == 1
+        assert done.exit_code == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
 
@@ -264,10 +265,10 @@ def test_explain_says_what_there_is_to_explain(tiny_run: Run) -> None:
     done = invoke(*ask, "--patient", "nobody", "--class", "ED")
     assert (done.exit_code, "no patient 'nobody' in this run; there are 6" in done.stderr) == (2, True)
     done = invoke(*ask[:-1], "999", "--patient", row.patient, "--class", "ED")
-    assert (done.exit_code, "has 0 slices at index 999; slices are at" in done.stderr) == (2, True)
+    assert (done.exit_code, "has no slice at index 999; there are " in done.stderr) == (2, True)
     done = invoke(*ask, "--patient", row.patient, "--class", "ET")
     message = "predicts no ET with more than 50% confidence on this slice"
-    assert (done.exit_code, message in done.stderr) == (1, True)
+    assert (done.exit_code, message in done.stderr) == (2, True)
 
 
 def test_plan_of_the_paper_says_what_it_takes() -> None:

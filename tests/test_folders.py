@@ -230,14 +230,14 @@ def test_a_root_that_is_not_set_or_missing_says_so(tmp_path: Path) -> None:
 def test_an_empty_root_says_what_is_read(tmp_path: Path) -> None:
     text = message(tmp_path)
     assert text.startswith(
-        f"{tmp_path} holds no case: the folder is empty; point data.root at the extracted data; known"
+        f"{tmp_path} holds no case: the folder is empty; give the folder of the extracted data; known"
     )
     assert "folders of BraTS 2017 to 2024" in text
 
 
 def test_a_root_of_other_things_says_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "archive.zip").write_bytes(b"x")
-    assert "holds no case: found archive.zip; point data.root at the extracted data" in message(tmp_path)
+    assert "holds no case: found archive.zip; give the folder of the extracted data" in message(tmp_path)
 
 
 def test_a_root_of_broken_cases_says_why(tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_a_row_that_cannot_be_used_is_one_line(tmp_path: Path, row: str, reason:
 def test_csv_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     path = listing(tmp_path, "patient;t1;label\nP1;a.nii.gz;\n")
     assert message(path, modalities=["t1"]) == (
-        f"{path} has no column patient, t1, label; found patient;t1;label: separate by commas, and "
+        f"{path} has no column patient, t1; found patient;t1;label: separate by commas, and "
         "name the columns of the images in data.modalities"
     )
     listing(tmp_path, "patient,t1,label\n")

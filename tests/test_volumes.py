@@ -433,11 +433,14 @@ def test_a_csv_file_is_not_assumed_to_be_brats() -> None:
 
 def test_the_configuration_decides_before_the_values() -> None:
     named = config(labels={7: "vessel", 3: "tumour"}, label_scheme="brats")
-    assert list(decide_label_scheme([1], named, "brats").classes.items()) == [(7, "vessel"), (3, "tumour")]
+    assert list(decide_label_scheme([0, 3], named, "brats").classes.items()) == [(7, "vessel"), (3, "tumour")]
     swapped = decide_label_scheme([1], config(label_scheme="nnunet"), "csv")
     assert list(swapped.classes.items()) == [(2, "NCR/NET"), (1, "ED"), (3, "ET")]
     late = decide_label_scheme([1, 2, 3, 4], config(label_scheme="brats2024"), "brats2023")
     assert list(late.classes.values()) == ["NETC", "SNFH", "ET", "RC"]
+    assert message(decide_label_scheme, [0, 2, 3, 4], named, "brats").startswith(
+        "label values [2, 4] are not in the scheme labels {7: 'vessel', 3: 'tumour'}: add them to data.labels"
+    )
 
 
 @pytest.mark.parametrize("labels", [{0: "background", 1: "a"}, {1: "a", 2: "a"}, {}])
