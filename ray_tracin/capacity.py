@@ -10,9 +10,11 @@ from typing import Any
 import ray
 import torch
 
+from ray_tracin.pipeline import is_prepared
 from ray_tracin.planning import GIB
 from ray_tracin.runs import Run
 from ray_tracin.stages import Stage
+from ray_tracin.vocabulary import UsageError
 
 WAITING_SECONDS = 60.0
 """After this long without any worker, a line says what a stage waits for."""
@@ -25,11 +27,19 @@ def on_one_device(run: Run, kind: str) -> Run:
 
     A GPU where Ray, which is of some kind of `runtime.cluster`, has one, and where workers may be on this machine alone
     PyTorch has it too.
+
+    Raises:
+        UsageError: a GPU is asked for, there is none and won't be, and nothing was done yet that can be looked at.
     """
-    resources = run.config.resources
+    resources, gpus = run.config.resources, ray.cluster_resources().get("GPU", 0)
     if resources.device != "auto":
+        if resources.device == "cuda" and not gpus and kind != "cluster" and not is_prepared(run):
+            raise UsageError(
+                "resources.device is cuda, and Ray finds no GPU on this machine: leave it out, or give --address of a "
+                "cluster that has them"
+            )
         return run
-    there = ray.cluster_resources().get("GPU", 0) and (torch.cuda.is_available() or kind == "cluster")
+    there = gpus and (torch.cuda.is_available() or kind == "cluster")
     settled = resources.model_copy(update={"device": "cuda" if there else "cpu"})
     return replace(run, config=run.config.model_copy(update={"resources": settled}))
 

@@ -1,7 +1,7 @@
 """The command line: parse, one call, print where the result is. `jobs/*.py` are the same functions as files.
 
-Exit codes: 0 done, 2 wrong usage or configuration, 1 failed. A failure prints what went wrong, where, and what to do;
-``--debug`` shows the traceback.
+Exit codes: 0 done, 2 wrong usage or configuration, 1 failed, 130 interrupted. A failure prints what went wrong, where,
+and what to do; ``--debug`` shows the traceback.
 """
 
 import json

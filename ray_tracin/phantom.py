@@ -83,7 +83,7 @@ def write_patients(
             spacing out of range; or the folder holds something else.
     """
     grades = patient_grades(patients, low_grade)
-    reserve(folder)
+    reserve(folder, grades, edition=edition)
     cases = [
         write_patient(
             folder,
@@ -147,16 +147,26 @@ def write_patient(
     return case
 
 
-def reserve(folder: Path) -> None:
+def reserve(folder: Path, grades: Sequence[Grade], *, edition: Edition = "2019") -> None:
     """Make a folder for synthetic patients, with the README that says what they are.
 
     Raises:
-        UsageError: the folder holds something else: real patients must not be mixed with synthetic ones.
+        UsageError: the folder holds something else: real patients must not be mixed with synthetic ones, nor these
+            with others, which its tables would not list.
+        ValueError: an unknown edition.
     """
+    layout = _layout(edition)
     if folder.exists() and any(folder.iterdir()) and not (folder / README).exists():
         raise UsageError(
             f"expected a new or empty folder for synthetic patients, or one that has their {README}, found other files "
             f"in {folder}: give a folder of their own"
+        )
+    mine = {_case(layout, number, grade) for number, grade in enumerate(grades)}
+    others = sorted({path.parent.relative_to(folder) for path in folder.rglob("*.nii.gz")} - mine)
+    if others:
+        raise UsageError(
+            f"{folder} holds {len(others)} other synthetic patients, such as {others[0]}: give a folder of their own, "
+            "or no fewer patients than it has, of its edition"
         )
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / README, README_TEXT.encode())

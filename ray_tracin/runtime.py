@@ -6,8 +6,10 @@ results travel through the run's storage, never through Ray's object store. What
 
 import logging
 import os
+import signal
 import socket
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -73,9 +75,23 @@ def cluster(address: str | None = None, cpus: int | None = None) -> Iterator[str
             raise
         raise ConnectionError(f"no Ray cluster at {wanted!r}: {error}. Start one, or leave --address out") from error
     try:
-        yield "embedded" if embedded else "cluster"
+        with _interrupted_when_terminated():
+            yield "embedded" if embedded else "cluster"
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _interrupted_when_terminated() -> Iterator[None]:
+    """SIGTERM interrupts as Ctrl-C does. Ray, once it runs, would print the stack of its own code and abort."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Where no signal arrives.
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _refuse_silent_address(address: str) -> None:
@@ -276,8 +292,8 @@ def write_phantoms(
         StorageError: the folder can't be written.
         UsageError: it holds something else.
     """
-    reserve(folder)
     grades = patient_grades(patients)
+    reserve(folder, grades, edition=edition)
     write: Any = ray.remote(num_cpus=1)(write_patient)
     pending = [
         write.remote(folder, number, edition=edition, seed=seed, spacing=spacing, grade=grade)

@@ -16,12 +16,14 @@ import matplotlib.image
 import nibabel
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from conftest import TINY
 from typer.testing import CliRunner, Result
 
 from ray_tracin.charts import COLOURS
 from ray_tracin.cli import app
+from ray_tracin.integrity import FOREIGN, verify
 from ray_tracin.pipeline import STEPS
 from ray_tracin.planning import PAGE_BYTES, plan_of
 from ray_tracin.runs import Run, open_run
@@ -391,6 +393,28 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(tiny_run: Run, patients: P
     assert now.keys() == started_times(Path(tiny_run.uri)).keys()
     mine, undisturbed = (arrays_and_tables(Path(uri)) for uri in (run, tiny_run.uri))
     assert mine == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "stage"), [(signal.SIGINT, "cut"), (signal.SIGTERM, "train")])
+def test_a_driver_that_is_interrupted_says_so_and_lets_the_run_go(
+    patients: Path, tmp_path: Path, how: signal.Signals, stage: str
+) -> None:
+    run = tmp_path / "run"
+    driver = drive(run, patients)
+    deadline = time.monotonic() + 120
+    while receipts_of(run, stage) < 2 and driver.poll() is None:
+        assert time.monotonic() < deadline, f"{stage} never began"
+        time.sleep(0.01)
+    processes = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(how)
+    _, errors = driver.communicate(timeout=60)
+    assert (driver.returncode, errors) == (130, "error: interrupted; what is done is kept, the same command goes on\n")
+    assert not list((run / "claims").iterdir())
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive
+    # A table may be written for which no receipt vouches yet.
+    assert set(verify(open_run(run))) <= {FOREIGN}
 
 
 def started_times(run: Path) -> dict[str, float]:

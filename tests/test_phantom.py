@@ -101,8 +101,8 @@ def test_a_patient_is_the_same_bytes_alone_and_in_a_crowd(tmp_path: Path) -> Non
     together = tmp_path / "together"
     write_patients(together, 3, low_grade=1, **TINY)
     alone = tmp_path / "alone"
-    reserve(alone)
     grades = patient_grades(3, low_grade=1)
+    reserve(alone, grades)
     for number in (2, 0, 1):
         write_patient(alone, number, grade=grades[number], **TINY)
     write_tables(alone, grades)
@@ -116,6 +116,19 @@ def test_synthetic_patients_are_not_put_among_others(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=rf"found other files in {tmp_path}: give a folder of their own"):
         write_patients(tmp_path, 1, **TINY)
     assert files(tmp_path) == {"name_mapping.csv": b"real"}
+
+
+@pytest.mark.parametrize(("number", "edition", "others"), [(1, "2019", 1), (2, "2023", 2)])
+def test_synthetic_patients_are_not_put_among_others_that_no_table_would_list(
+    tmp_path: Path, number: int, edition: Edition, others: int
+) -> None:
+    write_patients(tmp_path, 2, **TINY)
+    before = files(tmp_path)
+    with pytest.raises(UsageError, match=rf"holds {others} other synthetic patients, such as HGG/BraTS19_PHANTOM_00"):
+        write_patients(tmp_path, number, edition=edition, **TINY)
+    assert files(tmp_path) == before
+    write_patients(tmp_path, 3, **TINY)
+    assert before.keys() < files(tmp_path).keys()
 
 
 def test_patients_differ_from_each_other_and_between_seeds() -> None:

@@ -35,6 +35,7 @@ from ray_tracin.stages import (
     out_of_memory,
 )
 from ray_tracin.tiling import ComputeTiles
+from ray_tracin.vocabulary import UsageError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_cluster")]
 
@@ -218,6 +219,16 @@ def test_an_open_choice_of_device_is_settled_by_what_ray_has(
         assert _plan_by_patients(settled.config, None, 28).memory.device == device
     asked = Run(run.store, build_config("demo", None, ["resources.device=cpu"]))
     assert on_one_device(asked, "cluster") is asked
+
+
+def test_a_gpu_that_is_nowhere_is_refused_before_anything_is_done(run: Run, tiny_run: Run) -> None:
+    wanted = Run(run.store, build_config("demo", None, ["resources.device=cuda"]))
+    with pytest.raises(UsageError, match="device is cuda, and Ray finds no GPU on this machine"):
+        on_one_device(wanted, "embedded")
+    assert on_one_device(wanted, "cluster") is wanted, "which may grow"
+    resources = tiny_run.config.resources.model_copy(update={"device": "cuda"})
+    made = Run(tiny_run.store, tiny_run.config.model_copy(update={"resources": resources}))
+    assert on_one_device(made, "embedded") is made, "what was made on GPUs can be looked at"
 
 
 def test_a_share_of_a_gpu_is_of_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
