@@ -130,7 +130,7 @@ class Pool:
         """
         self._stage, self._report, self._keys = stage, report, Assignment(keys)
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
-        self._total, self._failed_starts = len(keys), 0
+        self._total, self._failed_starts, self._failed_devices = len(keys), 0, 0
         self._refusing: set[str] = set()
         self._full = self._warned = False
         self._began = self._sized = time.monotonic()
@@ -295,7 +295,10 @@ class Pool:
         self._log(flight, "error", reason(error))
         self._keys.fail(flight.key, error, for_good=repeats(error))
         flight.worker.errors += not repeats(error)
-        if device_failed(error) or (flight.worker.errors >= TRIES and self._seconds):
+        # Unless no process can do anything: then new ones cost more than they help.
+        broken = device_failed(error) and (bool(self._seconds) or self._failed_devices < TRIES)
+        self._failed_devices += broken
+        if broken or (flight.worker.errors >= TRIES and self._seconds):
             # Others succeed: it may be the process or its GPU that fails, and another one may be on a better node.
             self._let_go(flight.worker, blamed=True)
 

@@ -155,10 +155,11 @@ def explain_scan(
         )
     influence = scan_influence(run, scan, size)
     agreement = run.store.read_table(agreement_path(size)) if size else pd.DataFrame()
-    regions, left_out = _region_table(run, scan), global_explainers(run) & (not keep_global)
+    regions, is_global = _region_table(run, scan), global_explainers(run)
+    left_out = is_global & (not keep_global)
     counts = {name: int(left_out[place].sum()) for place, name in enumerate(run.classes)}
     told = {name: count for name, count in counts.items() if count and name in set(regions["class_name"])}
-    return ScanExplanation(regions, _rankings(run, scan, influence, left_out, k), size, agreement, told)
+    return ScanExplanation(regions, _rankings(run, scan, influence, is_global, left_out, k), size, agreement, told)
 
 
 def pick_index(run: Run, size: int | None) -> int:
@@ -308,10 +309,9 @@ def _region_table(run: Run, scan: Scan) -> pd.DataFrame:
     )
 
 
-def _rankings(run: Run, scan: Scan, influence: Tensor, left_out: Tensor, k: int) -> pd.DataFrame:
+def _rankings(run: Run, scan: Scan, influence: Tensor, is_global: Tensor, left_out: Tensor, k: int) -> pd.DataFrame:
     train = _train_table(run)
     ranked = torch.stack([without_zeros(queries) for queries in influence])
-    is_global = global_explainers(run)
     frames = []
     for class_id, position in _existing(influence):
         scores = ranked[class_id - 1, position : position + 1]

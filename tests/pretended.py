@@ -102,13 +102,15 @@ MIXED = {
 
 
 @contextmanager
-def gpu() -> Iterator[torch.device]:
-    """Inside, the program has such a device, and its steps, on one thread, take it for their work."""
+def gpu(values: int = 1 << 12) -> Iterator[torch.device]:
+    """Inside, the program has such a device, and its steps, on one thread, take it for their work.
+
+    It holds so many values of windows and of expanded gradients at a time: few, so that all is done in several parts.
+    """
     with pytest.MonkeyPatch.context() as patch, Present():
-        # Small, so that everything is done in several parts.
-        patch.setitem(correlation.WINDOW_VALUES, DEVICE.type, 1 << 12)
+        patch.setitem(correlation.WINDOW_VALUES, DEVICE.type, values)
         patch.setitem(influence.SMALLEST_PANEL, DEVICE.type, 5)
-        patch.setitem(influence.EXPANDED_VALUES, DEVICE.type, 10_000)
+        patch.setitem(influence.EXPANDED_VALUES, DEVICE.type, values)
         patch.setattr(arithmetic, "MIXED_DEVICES", (DEVICE.type,))
         for name, module in list(sys.modules.items()):
             for choice in ("pick_device", "device_here"):

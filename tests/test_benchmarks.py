@@ -24,7 +24,7 @@ def problems():
 
 def test_the_full_size_is_the_tensor_on_a_device_in_the_precision_of_a_gpu(problems):
     rates, given = torch.tensor([0.1, 0.03]), copy.deepcopy(problems)
-    with pretended.gpu() as device:
+    with pretended.gpu(values=1 << 16) as device:
         mixed = {"block": 3, "dtype": "bfloat16", "precision": "bfloat16", "device": str(device)}
         options = Namespace(**{**vars(OPTIONS), **mixed})
         full_size.warm_up(problems[0], options)

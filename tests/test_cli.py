@@ -354,6 +354,8 @@ def drive(run: Path, root: Path, *extra: str) -> subprocess.Popen[str]:
         cwd=ROOT,
         env=environment,
         start_new_session=True,
+        # Who started the tests may ignore Ctrl-C, which processes inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -70,8 +70,10 @@ def _kernel(layout, rows, dtype, precision):
 @pytest.mark.parametrize(("source", "precision"), [("stored", "bfloat16"), ("fused", "float32")])
 def test_a_run_gives_the_tensor_of_one_on_the_host(tiny_run: Run, patients: Path, tmp_path: Path, source, precision):
     choices = f"gradients={{precision: {precision}, dtype: {precision}, source: {source}, shard_slices: 4}}"
-    run = start_run(tmp_path / "run", preset="demo", overrides=[*TINY, f"data.root={patients}", choices])
-    with pretended.gpu():
+    run = start_run(
+        tmp_path / "run", preset="demo", overrides=[*TINY, f"data.root={patients}", choices, "influence.tile_slices=14"]
+    )
+    with pretended.gpu(values=1 << 18):
         run_to(run, "ablation" if source == "stored" else "influence", SERIAL, lambda event: None)
         index_sketches(run, EVERYTHING, SERIAL, lambda event: None)
         folder, rows = known_case(run)

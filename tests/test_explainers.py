@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from ray_tracin.explainers import (
     NONE,
+    above_zero,
     cosine_influence,
     count_classes,
     count_lists,
     find_global,
     first_local,
+    first_places,
     gradient_norms,
     list_shares,
     local_ranks,
@@ -151,3 +153,11 @@ def test_a_query_on_which_every_influence_is_0_ranks_nobody() -> None:
     assert found[0].isnan().all()
     torch.testing.assert_close(found[1:], score[1:], rtol=0, atol=0, equal_nan=True)
     assert (rank_regions(found, 2)[0] == NONE).all()
+
+
+def test_places_are_those_among_all_without_those_left_out():
+    key = torch.tensor([[5.0, 4.0, math.nan, 3.0, 2.0, 1.0], [math.nan, math.nan, 1.0, math.nan, math.nan, math.nan]])
+    left_out = torch.tensor([True, False, False, False, True, False])
+    assert first_places(key, left_out, 2).tolist() == [[NONE, 1, 3, NONE], [2, NONE, NONE, NONE]]
+    assert first_places(key, left_out, 9)[0].tolist() == [NONE, 1, 3, NONE, 5, NONE]
+    assert first_places(above_zero(key - 4), left_out & False, 3)[0].tolist() == [0, NONE, NONE]

@@ -103,6 +103,14 @@ def test_a_process_whose_gpu_failed_is_replaced_at_once(run: Run, attempts: Path
     assert len(stage.workers_seen()) == 2
 
 
+def test_gpus_that_always_fail_are_not_tried_for_ever(run: Run, attempts: Path) -> None:
+    alone = Run(run.store, build_config("demo", None, ["resources.workers=1"]))
+    stage = Square(alone, attempts, dict.fromkeys(range(0, 12, 2), "device always"))
+    with pytest.raises(StageError, match="6 of 6 keys failed"):
+        on_ray(stage)
+    assert len(stage.workers_seen()) == 4
+
+
 def test_a_key_that_hangs_with_the_only_worker_is_tried_with_a_new_one(run: Run, attempts: Path) -> None:
     alone = Run(run.store, build_config("demo", None, ["resources={lease_seconds: 2, workers: 1}"]))
     stage = Square(alone, attempts, {4: "hangs"})
