@@ -63,19 +63,21 @@ def chosen_queries(run: Run, settings: ReportConfig) -> list[Query]:
 
 def _named(run: Run, name: str) -> list[int]:
     """The rows of a patient, of a case, or of ``patient:index``."""
-    table = run.slices
     queries = {row for query_set in run.query_sets for row in run.query_slices(query_set)}
+    table = run.slices[run.slices["slice"].isin(queries)]
     patient, colon, index = name.rpartition(":")
+    patients = sorted(set(table["patient"]))
+    there = f"there are {len(patients)} patients, such as {', '.join(patients[:5])}"
     for who, where in ((name, ""), (patient, index) if colon else (name, "")):
-        mine = table[((table["patient"] == who) | (table["case"] == who)) & table["slice"].isin(queries)]
-        if where:
-            mine = mine[mine["index"].astype(str) == where]
+        mine = table[(table["patient"] == who) | (table["case"] == who)]
+        chosen = mine[mine["index"].astype(str) == where] if where else mine
+        if len(chosen):
+            return [int(row) for row in chosen["slice"]]
         if len(mine):
-            return [int(row) for row in mine["slice"]]
-    near = sorted(set(table.loc[table["slice"].isin(queries), "patient"]))
+            there = f"of {who} there are slices {', '.join(map(str, sorted(set(mine['index']))))}"
     raise UsageError(
         f"report.queries names {name!r}, which is no query of this run: expected `all`, a number, or a list of patient "
-        f"or patient:index; there are {len(near)} patients, such as {', '.join(near[:5])}"
+        f"or patient:index; {there}"
     )
 
 

@@ -657,6 +657,9 @@ def test_a_train_slice_is_explained_without_itself(own_run: Run, look: Opener) -
 def test_a_name_that_is_no_query_is_refused(tiny_run: Run) -> None:
     with pytest.raises(ValueError, match=r"report\.queries names 'nobody', which is no query of this run"):
         RenderReport(start_run(tiny_run.uri, overrides=["report.queries=[nobody]"])).open()("index")
+    row = tiny_run.slices[tiny_run.slices["slice"].isin(tiny_run.query_slices("test"))].iloc[0]
+    with pytest.raises(ValueError, match=rf"of {row.patient} there are slices {row['index']}, "):
+        RenderReport(start_run(tiny_run.uri, overrides=[f"report.queries=['{row.patient}:999']"])).open()("index")
 
 
 def test_a_wrong_name_costs_no_work_but_that_of_the_slices(patients: Path, tmp_path: Path) -> None:

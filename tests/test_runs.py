@@ -133,6 +133,12 @@ def test_what_a_reader_does_changes_no_tensor(tiny_run: Run) -> None:
     np.testing.assert_array_equal(np.asarray(tiny_run.influence("train")[...]), before)
 
 
+def test_a_network_that_is_not_there_names_those_that_are(tiny_run: Run) -> None:
+    names = r"epoch_01, .*, epoch_08, final: `ray-tracin train .*` makes what is missing of its 8 epochs"
+    with pytest.raises(FileNotFoundError, match=rf"has no checkpoints/epoch_99\.pt; it has {names}"):
+        tiny_run.model(epoch=99)
+
+
 def test_tables_have_their_names_and_others_are_listed(tiny_run: Run) -> None:
     pairs = tiny_run.table("influence")
     there = sum(int((~np.isnan(np.asarray(tiny_run.influence(name)[...]))).sum()) for name in tiny_run.query_sets)
