@@ -144,8 +144,8 @@ class Run:
             raise ValueError("give a name such as 'final', or an epoch")
         path = paths.checkpoint_path(name or checkpoint_name(epoch or 0))
         if self.store.objects.size(path) is None:
-            names = (Path(there).stem for there in sorted(self.store.objects.sizes("checkpoints")))
-            there = ", ".join(name for name in names if name == FINAL or name.startswith("epoch_"))
+            names = (Path(held).stem for held in sorted(self.store.objects.sizes("checkpoints")))
+            there = ", ".join(held for held in names if held == FINAL or held.startswith("epoch_"))
             raise FileNotFoundError(
                 f"{self.uri} has no {path}; it has {there or 'none yet'}: `ray-tracin train --run {self.uri}` makes "
                 f"what is missing of its {self.config.training.epochs} epochs"

@@ -280,6 +280,14 @@ def test_plan_of_the_paper_says_what_it_takes() -> None:
     assert "31,044,292 of 31,044,292 differentiated" in done.stdout
 
 
+def test_what_would_be_ignored_is_refused(tiny_run: Run, patients: Path) -> None:
+    case = next((patients / "HGG").iterdir())
+    done = invoke("query", "--run", tiny_run.uri, "--case", str(case), "--exact", "--size", "8")
+    assert (done.exit_code, "no index: leave --size out" in done.stderr) == (2, True)
+    done = invoke("plan", "--run", tiny_run.uri, "--patients", "5")
+    assert (done.exit_code, "has its own patients: leave --patients out" in done.stderr) == (2, True)
+
+
 def test_plan_refuses_what_does_not_fit_and_names_the_setting() -> None:
     done = invoke(
         "plan", "--preset", "paper", "--patients", "259", "--no-calibrate", "--set", "resources.memory_per_worker=2"

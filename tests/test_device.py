@@ -95,7 +95,10 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return oracle.difference(got.nan_to_num(), expected.nan_to_num().double())
 
 
-def test_what_was_made_on_gpus_is_looked_at_without_one(tiny_run: Run, tmp_path: Path) -> None:
+def test_what_was_made_on_gpus_is_looked_at_without_one(
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     copied = shutil.copytree(tiny_run.uri, tmp_path / "run")
     run = start_run(copied, overrides=["resources.device=cuda"])
     with pytest.raises(ValueError, match=r"expected a GPU on .* \(resources.device is cuda.* sees none there: set res"):

@@ -414,6 +414,13 @@ def test_csv_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     assert message(tmp_path, layout="csv").endswith("data.layout csv reads a CSV file or dataset.csv in the folder")
 
 
+def test_scans_without_any_labels_need_no_column_for_them(tmp_path: Path) -> None:
+    listing(tmp_path, "patient,t1\nP1,a.nii.gz\nP2,a.nii.gz\n")
+    (tmp_path / "a.nii.gz").touch()
+    cases, _ = found(tmp_path, modalities=["t1"])
+    assert [(case.case, case.label) for case in cases] == [("P1", None), ("P2", None)]
+
+
 def test_cases_whose_files_would_have_one_name_are_refused(tmp_path: Path) -> None:
     listing(tmp_path, "patient,t1,label\nP 1,a.nii.gz,\nP_1,b.nii.gz,\n")
     assert message(tmp_path, modalities=["t1"]) == (
