@@ -266,7 +266,7 @@ class ResourcesConfig(Section):
     threads: PositiveInt = speed_only(1)
     """CPU threads of a worker."""
     training_threads: PositiveInt = speed_only(2)
-    """CPU threads of the training task."""
+    """CPU threads of the training task; on a GPU processes that augment slices for it."""
     batch_slices: PositiveInt = speed_only(8)
     """Slices that are differentiated at once; on a CPU fewer go through the network together if they are large."""
     memory_per_worker: Positive = speed_only(4.0)

@@ -53,6 +53,7 @@ def build_trainer(run: Run, **together: Any) -> Trainer:
     table = run.slices[run.slices["labelled"]]
     rows = [int(row) for row in table["slice"]]
     position = {row: place for place, row in enumerate(rows)}
+    device = pick_device(run)
     chosen = {
         split: [position[int(row)] for row in table.loc[table["split"] == split, "slice"]]
         for split in ("train", "validation")
@@ -66,7 +67,9 @@ def build_trainer(run: Run, **together: Any) -> Trainer:
         patients=list(table["patient"]),
         config=run.config.training,
         seed=run.config.seed,
-        device=pick_device(run),
+        device=device,
+        # A GPU leaves the threads without work, and would wait for one of them; on a CPU they train.
+        loaders=run.config.resources.training_threads if device.type != "cpu" else 0,
         **together,
     )
 

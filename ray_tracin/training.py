@@ -11,6 +11,7 @@ together: they hand in their rank and the wrapper that averages their gradients.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, Integer, UInt8
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from ray_tracin.arithmetic import arithmetic
 from ray_tracin.config import TrainingConfig
@@ -178,6 +180,16 @@ def _unwrapped(network: nn.Module) -> nn.Module:
     return network
 
 
+class _Slices(Dataset[tuple[Tensor, Tensor]]):
+    """Slices and labels by their rows, each made when it is asked for."""
+
+    def __init__(self, make: Callable[[int], tuple[Tensor, Tensor]]) -> None:
+        self._make = make
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return self._make(row)
+
+
 class Trainer:
     """One process that trains a network epoch by epoch: Adam, then SGD made afresh (section 3.2).
 
@@ -188,6 +200,8 @@ class Trainer:
     averages gradients over them, such as DistributedDataParallel, and ``average`` averages a number over them. They
     take parts of the same batches (`rank_part`); BatchNorm sees a process's own part, and so does the Dice where it
     is the batch's. Every process evaluates the whole of both splits; the weights that count are those of rank 0.
+
+    ``loaders`` processes augment what comes next while the network learns; with 0 it waits for that.
     """
 
     def __init__(  # noqa: PLR0913
@@ -206,6 +220,7 @@ class Trainer:
         world_size: int = 1,
         wrap: Callable[[nn.Module], nn.Module] = _unwrapped,
         average: Callable[[float], float] = float,
+        loaders: int = 0,
     ) -> None:
         assert len(train), "there are slices to train on"
         assert len(patients) == len(images), "one patient a slice"
@@ -223,6 +238,7 @@ class Trainer:
         assert highest <= self.classes, f"labels are 0 to {self.classes}, got {highest}: are these slices labelled?"
         self._network = wrap(self.model)
         self._average = average
+        self._loaders = loaders
         # Imported here, because MONAI takes a second of every command, and only training augments.
         self._augmenting = import_module("ray_tracin.augmentation")
         self._augmentation = self._augmenting.build_augmentation(config.augmentation, *images.shape[2:])
@@ -287,29 +303,35 @@ class Trainer:
         """One pass over the training slices; the mean loss of a slice."""
         self._network.train()
         batches = epoch_batches(self.rows["train"], self.config.batch_size, self.seed, epoch)
+        parts = [rank_part(batch, self.rank, self.world_size) for batch in batches]
         total, slices = 0.0, 0
-        for number, batch in enumerate(batches, start=1):
-            part = rank_part(batch, self.rank, self.world_size)
-            images, labels = self._augmented(part, epoch)
+        for number, (images, labels) in enumerate(self._augmented(parts, epoch), start=1):
             # The precision in which GPUs convolve by default, but by deterministic algorithms.
             with arithmetic("tf32"):
-                loss = dice_loss(self._network(images), labels, self.config)
+                loss = dice_loss(self._network(images.to(self.device)), labels.to(self.device), self.config)
                 self._require_finite(loss, epoch, f"the loss in batch {number} of {len(batches)}")
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            total, slices = total + loss.item() * len(part), slices + len(part)
+            total, slices = total + loss.item() * len(images), slices + len(images)
         return self._average(total / slices)
 
-    def _augmented(self, rows: Sequence[int], epoch: int) -> tuple[Tensor, Tensor]:
-        pairs = [
-            self._augmenting.augment(
-                self._augmentation, self.images[row], self.labels[row], _derived_seed(self.seed, epoch, row)
-            )
-            for row in rows
-        ]
-        images, labels = zip(*pairs, strict=True)
-        return torch.stack(images).to(self.device), torch.stack(labels).to(self.device)
+    def _augmented(self, parts: list[list[int]], epoch: int) -> DataLoader[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, augmented: images and labels."""
+        several: dict[str, Any] = {}
+        if self._loaders:
+            # Forked, so that none has slices of its own; and no more batches ahead than a container's small shared
+            # memory holds.
+            several = {"num_workers": self._loaders, "multiprocessing_context": "fork", "prefetch_factor": 1}
+        # With a generator of its own it leaves alone the one that a program has seeded.
+        slices = _Slices(partial(self._augment, epoch))
+        return DataLoader(slices, batch_sampler=parts, generator=torch.Generator(), **several)
+
+    def _augment(self, epoch: int, row: int) -> tuple[Tensor, Tensor]:
+        augmented: tuple[Tensor, Tensor] = self._augmenting.augment(
+            self._augmentation, self.images[row], self.labels[row], _derived_seed(self.seed, epoch, row)
+        )
+        return augmented
 
     def _require_finite(self, values: Tensor, epoch: int, what: str) -> None:
         if bool(values.isfinite().all()):

@@ -3,6 +3,7 @@
 import io
 import math
 from dataclasses import asdict
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -505,3 +506,38 @@ class TestSeveralProcesses:
         plain.train_epoch()
         assert wrapped._network.seen[0].shape == (5, 1, 16, 16)
         assert_same(wrapped.state(), plain.state())
+
+
+class KillsALoader(nn.Module):
+    """Kills one of the processes that augment when it is first called in training."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        for process in active_children()[:1]:
+            process.kill()
+        return self.network(images)
+
+
+class TestLoaders:
+    def test_processes_that_augment_change_no_bit_and_end_with_the_epoch(self):
+        alone, helped = (easy_trainer(changed(batch_size=3), loaders=loaders, wrap=Listening) for loaders in (0, 2))
+        for _ in range(3):
+            alone.train_epoch()
+            helped.train_epoch()
+            assert not active_children()
+        assert_same(helped.state(), alone.state())
+        assert_same(helped._network.seen, alone._network.seen)
+
+    def test_one_that_is_killed_is_an_error_and_the_epoch_can_be_trained_again(self):
+        trainer = easy_trainer(changed(batch_size=1), loaders=2, wrap=KillsALoader)
+        before = through_a_file(trainer.state())
+        with pytest.raises(RuntimeError, match=r"DataLoader worker .* (killed by signal|exited unexpectedly)"):
+            trainer.train_epoch()
+        assert not active_children()
+        again, alone = easy_trainer(changed(batch_size=1), loaders=2), easy_trainer(changed(batch_size=1))
+        again.restore(before)
+        assert_same(again.train_epoch(), alone.train_epoch())
+        assert_same(again.state(), alone.state())
