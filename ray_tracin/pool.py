@@ -426,7 +426,10 @@ class Pool:
     def _end(self) -> None:
         """A worker that is still at a key, done elsewhere or given up, would hold up the next stage."""
         for worker in [worker for worker in self._workers if worker.flights]:
-            self._log(worker.flights[0], "copy", "another worker was first")
+            given_up = self._keys.is_open(worker.flights[0].key)
+            self._log(
+                worker.flights[0], "copy", "the key has failed for good" if given_up else "another worker was first"
+            )
             worker.flights = []
             self._dismiss(worker)
         for worker in [worker for worker in self._workers if worker.opening and not worker.ready]:

@@ -5,6 +5,7 @@ the union of label values over the whole data set says what a label means, and r
 known which cases there are. A case that can't be read is a row of ``skipped.parquet``.
 """
 
+import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,12 +45,20 @@ class Inspect(Stage[CaseKey]):
 
     @cached_property
     def _cases(self) -> dict[CaseKey, Case]:
-        cases, _ = find_cases(self.run.config.data)
+        """Once slices are numbered those that they are of: what becomes of the patients' folder doesn't matter then."""
+        if self._numbered:
+            cases = [Case.from_json(entry["case"]) for entry in _index(self.run)["cases"].values()]
+        else:
+            cases, _ = find_cases(self.run.config.data)
         return {CaseKey(case.case): case for case in cases}
 
     def keys(self) -> Sequence[CaseKey]:
-        """The cases of the data set."""
-        return list(self._cases)
+        """The cases of the data set; once slices are numbered, the data set is what was inspected."""
+        keys = list(self._cases)
+        if not self._numbered:
+            return keys
+        used = {str(key) for key in keys}
+        return [*keys, *(CaseKey(name) for name in self.run.store.receipts(self.name) if name not in used)]
 
     def stale(self, key: CaseKey, receipt: Receipt) -> bool:
         """Whether a file of the case has been replaced, as long as slices aren't numbered: later it is too late."""
@@ -115,9 +124,23 @@ class Index(Stage[str]):
             splits = split_patients(labelled, config.split, config.seed)
         except ValueError as error:
             raise ValueError(f"{error}{left_out}") from None
+        result = {"cases": _numbered(inspections, splits), "scheme": [scheme.name, list(scheme.classes.items())]}
+        self._refuse_other_numbers(result)
         store.write_table(paths.SKIPPED, pd.DataFrame(skipped, columns=["case", "path", "reason"]).astype(str))
         self._create_arrays(sum(len(found.indices) for found in inspections), scheme)
-        return {"cases": _numbered(inspections, splits), "scheme": [scheme.name, list(scheme.classes.items())]}
+        return result
+
+    def _refuse_other_numbers(self, result: Result) -> None:
+        """Nothing, unless slices were numbered before, and otherwise: whatever the run holds goes by those numbers."""
+        former = self.run.store.read_receipt(self.name, "slices")
+        if former is None or former.fingerprint != self.run.fingerprint:
+            return
+        if former.result != json.loads(json.dumps(result)):
+            raise ValueError(
+                f"a file of {self.run.uri} that is made with the index of slices was lost or damaged, and "
+                f"{self.run.config.data.root} holds other patients by now, which would number the slices otherwise: "
+                "put the patients back as they were, or begin a new run"
+            )
 
     def _create_arrays(self, slices: int, scheme: LabelScheme) -> None:
         data, store = self.run.config.data, self.run.store

@@ -75,14 +75,14 @@ class PlainLines:
             return
         told.printed = now
         if event.kind == "again":
-            self._print(f"{event.stage}: {event.key} is tried again, {event.detail}")
+            self._print(f"{event.stage}: an attempt at {event.key} came to nothing, {event.detail}")
             return
         fresh, spent, spent_on_part = event.done - told.before, now - told.began, now - told.part_began
         left = ""
         if event.kind == "done" and fresh and spent_on_part:
             rate = fresh / spent_on_part
             left = f", {60 * rate:.1f} keys a minute, about {(event.total - event.done) / rate:.0f} s left"
-        again = f", {told.again} tried again" if told.again else ""
+        again = f", {told.again} in vain" if told.again else ""
         self._print(f"{event.stage}: {event.done}/{event.total} in {spent:.1f} s{left}{again} {event.detail}".rstrip())
 
     def count(self, event: Event) -> _Told:
@@ -106,7 +106,7 @@ class PlainLines:
         computed = {stage: told for stage, told in self._stages.items() if told.computed or told.again}
         if not computed:
             return
-        table = Table("stage", "keys", "seconds", "tried again", box=None, pad_edge=False)
+        table = Table("stage", "keys", "seconds", "in vain", box=None, pad_edge=False)
         for stage, told in computed.items():
             table.add_row(
                 stage, str(told.computed), f"{(told.ended or told.began) - told.began:.1f}", str(told.again or "")

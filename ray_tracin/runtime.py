@@ -1,7 +1,8 @@
 """Ray at the edge: finding or starting a cluster, and who does the keys of which stage on it.
 
-Ray wraps plain classes here and nowhere else. A unit of work goes to a worker as a key and comes back as a receipt;
-results travel through the run's storage, never through Ray's object store. What happens to workers is `pool`'s affair.
+Ray wraps plain classes here and in the modules beside it: a unit of work goes to a worker as a key and comes back as a
+receipt; results travel through the run's storage, never through Ray's object store. What happens to workers is `pool`'s
+affair, tables are `datasets`', processes that train together `distributed`'s.
 """
 
 import logging
@@ -10,7 +11,6 @@ import signal
 import socket
 import statistics
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,14 +33,22 @@ from ray_tracin.faults import cause_of, ended_after, reason, repeats, stage_erro
 from ray_tracin.phantom import Edition, patient_grades, reserve, write_patient, write_tables
 from ray_tracin.planning import plan_of
 from ray_tracin.pool import SLOWER_THAN_MEDIAN, Pool
-from ray_tracin.stages import Attempt, Event, Listener, Outcome, Report, Stage, StageWorker, sound_receipts
+from ray_tracin.stages import (
+    Attempt,
+    Event,
+    Listener,
+    Outcome,
+    Report,
+    Stage,
+    StageWorker,
+    require_one_storage,
+    sound_receipts,
+)
 from ray_tracin.store import IncompleteRunError, now
 from ray_tracin.vocabulary import UsageError
 
 OBJECT_STORE_BYTES = 128 << 20
 CONNECT_SECONDS = 10.0
-SHARED_SECONDS = 60.0
-"""How long a shared folder may take to show one node what another one wrote."""
 
 
 @contextmanager
@@ -163,7 +171,6 @@ class RayExecutor:
             self.close()
             self._pool = Pool(options, elastic=self._elastic)
         self._pool.execute(stage, keys, report)
-        require_one_storage(stage, keys[:1])
 
     def _refuse_what_never_comes(self, stage: Stage[Any], options: dict[str, Any]) -> None:
         """Nothing, if the cluster has room for the processes of a stage, or may grow."""
@@ -209,24 +216,6 @@ def planned_bytes(stage: Stage[Any]) -> int | None:
     return max(need.host for need in (plan.memory.gradients, plan.tile_need, plan.memory.stripes))
 
 
-def require_one_storage(stage: Stage[Any], done: Sequence[Any]) -> None:
-    """Nothing, if this process sees the receipts of keys that workers have done; a shared disk gets a minute for it.
-
-    Raises:
-        ValueError: it doesn't: the workers write on disks of their own.
-    """
-    for key in done:
-        deadline = time.monotonic() + SHARED_SECONDS
-        while stage.run.store.read_receipt(stage.name, str(key)) is None:
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"a worker has done key {key} of stage {stage.name}, and its receipt is not in {stage.run.uri} as "
-                    "this process sees it: it wrote on another node's disk. Give --run s3://… or gs://…, or a folder "
-                    "that all nodes share"
-                )
-            time.sleep(1.0)
-
-
 def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Report, options: dict[str, Any]) -> None:
     """One Ray task that does the keys in order and hands each back as it is done; started anew where it stopped."""
     left, strikes = deque(keys), 0
@@ -237,6 +226,8 @@ def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Report, op
             references: Any = remote.remote(stage, list(left))
             for reference in references:
                 ray.get(reference)
+                # An epoch can take long: one that this process can't see is the last.
+                require_one_storage(stage, [left[0]])
                 report(left.popleft())
                 strikes, began = 0, now()
         except RayError as raised:

@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import socket
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -34,7 +35,7 @@ LAYOUT = "layout"
 
 @dataclass(frozen=True)
 class Event:
-    """What observers of a run are told: a stage began, a key was done, a key is tried again, the stage ended."""
+    """What observers of a run are told: a stage began, a key was done, an attempt came to nothing, the stage ended."""
 
     stage: str
     kind: str
@@ -47,6 +48,8 @@ class Event:
 Listener = Callable[[Event], None]
 ATTEMPTS = "attempts"
 """The folder of attempts that came to nothing, a file each, until they stand in ``events.parquet``."""
+SHARED_SECONDS = 60.0
+"""How long a shared folder may take to show one node what another one wrote."""
 Outcome = Literal["error", "lost", "hung", "copy"]
 """The work raised; its worker went away; it was ended because its lease ran out; another worker was first."""
 
@@ -177,6 +180,7 @@ def complete(stage: Stage[Any], execute: Executor, listen: Listener) -> None:
 
     Raises:
         StageError: some keys failed; all others were done.
+        ValueError: workers wrote where this process can't see it.
     """
     keys = stage.keys()
     finished = {key: receipt for key, receipt in done_receipts(stage).items() if not receipt.released}
@@ -199,7 +203,25 @@ def complete(stage: Stage[Any], execute: Executor, listen: Listener) -> None:
             listen(Event(stage.name, "done", done, total, str(key)))
 
         (execute_serially if stage.light else execute)(stage, pending, report)
+        require_one_storage(stage, pending)
     listen(Event(stage.name, "end", done, total, detail=f"{len(pending)} computed"))
+
+
+def require_one_storage(stage: Stage[Any], done: Sequence[Any]) -> None:
+    """Nothing, if this process sees the receipts of keys that workers have done; a shared disk gets a minute for it.
+
+    Raises:
+        ValueError: it doesn't: they write on disks of their own.
+    """
+    deadline = time.monotonic() + SHARED_SECONDS
+    while unseen := {str(key) for key in done}.difference(stage.run.store.receipt_keys(stage.name)):
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"workers have done {len(done)} keys of stage {stage.name}, and the receipts of {len(unseen)}, such as "
+                f"{min(unseen)}, are not in {stage.run.uri} as this process sees it: they were written on another "
+                "node's disk. Give --run s3://… or gs://…, or a folder that all nodes share"
+            )
+        time.sleep(1.0)
 
 
 def log_attempt(stage: Stage[Any], key: Any, attempt: Attempt) -> None:

@@ -151,11 +151,15 @@ class RunStore:
 
     def receipts(self, stage: str) -> dict[str, Receipt]:
         """Every readable receipt of a stage, by key; one listing and parallel reads."""
-        prefix = f"{RECEIPTS}/{stage}/"
-        paths = [path for path in self.objects.sizes(f"{RECEIPTS}/{stage}") if path.endswith(".json")]
-        keys = [path.removeprefix(prefix).removesuffix(".json") for path in sorted(paths)]
+        keys = self.receipt_keys(stage)
         found = self.objects.parallel(lambda key: self.read_receipt(stage, key), keys)
         return {key: receipt for key, receipt in zip(keys, found, strict=True) if receipt is not None}
+
+    def receipt_keys(self, stage: str) -> list[str]:
+        """The keys of which there is a receipt, readable or not; one listing."""
+        prefix = f"{RECEIPTS}/{stage}/"
+        paths = [path for path in self.objects.sizes(f"{RECEIPTS}/{stage}") if path.endswith(".json")]
+        return [path.removeprefix(prefix).removesuffix(".json") for path in sorted(paths)]
 
     def release(self, receipts: Iterable[Receipt]) -> None:
         """Delete the files of finished keys that nothing needs any more. The receipts stay and say so."""

@@ -106,9 +106,9 @@ def test_the_log_of_a_job_has_plain_lines_and_a_summary(capsys: pytest.CaptureFi
         listen(Event("export", "begin", 2, 2))
         listen(Event("export", "end", 2, 2, detail="0 computed"))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "tiles: k7 is tried again, lost: its worker went away"
+    assert lines[0] == "tiles: an attempt at k7 came to nothing, lost: its worker went away"
     assert lines[1].startswith("tiles: 4/4 in ")
-    assert lines[1].endswith("s, 1 tried again 4 computed")
+    assert lines[1].endswith("s, 1 in vain 4 computed")
     assert [line.split()[:2] for line in lines[-2:]] == [["tiles", "2"], ["in", "all"]]
     assert not any(line.startswith("export ") for line in lines[3:]), "nothing was computed there"
 

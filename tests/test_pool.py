@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from conftest import TINY
 from faulty import ARRAY, GpuSquare, Square
 from ray._private.internal_api import memory_summary
 
-from ray_tracin import attribution, runtime, tiling
+from ray_tracin import attribution, stages, tiling
 from ray_tracin.attribution import Differentiate
 from ray_tracin.capacity import on_one_device, refuse_nodes_without_memory, room_for
 from ray_tracin.costs import collect_events
@@ -23,9 +24,11 @@ from ray_tracin.planning import plan_of
 from ray_tracin.pool import Pool
 from ray_tracin.presets import build_config
 from ray_tracin.runs import Run, open_run, start_run
-from ray_tracin.runtime import RayExecutor, require_one_storage
+from ray_tracin.runtime import RayExecutor
 from ray_tracin.stages import (
     Event,
+    Report,
+    Stage,
     StageError,
     StageWorker,
     complete,
@@ -182,15 +185,15 @@ def test_nodes_without_the_memory_of_the_plan_are_refused(run: Run, attempts: Pa
 def test_receipts_that_this_process_does_not_see_are_another_disk(
     run: Run, attempts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = Square(run, attempts)
-    complete(stage, execute_serially, lambda event: None)
-    require_one_storage(stage, stage.keys())
-    monkeypatch.setattr(runtime, "SHARED_SECONDS", 0.0)
-    Path(run.uri, "receipts").rename(attempts / "elsewhere")
-    with pytest.raises(
-        ValueError, match=r"key 000000-000002 of stage square, and its receipt is not in .*all nodes share"
-    ):
-        require_one_storage(stage, stage.keys())
+    monkeypatch.setattr(stages, "SHARED_SECONDS", 0.0)
+
+    def on_two_disks(stage: Stage[Any], keys: Sequence[Any], report: Report) -> None:
+        execute_serially(stage, keys, report)
+        # As where the worker of this key is on another node.
+        Path(run.uri, "receipts", "square", f"{keys[3]}.json").unlink()
+
+    with pytest.raises(ValueError, match=r"the receipts of 1, such as 000006-000008, are not in .*all nodes share"):
+        complete(Square(run, attempts), on_two_disks, lambda event: None)
 
 
 def test_what_this_cluster_will_never_have_is_refused(tmp_path: Path, attempts: Path) -> None:

@@ -12,8 +12,11 @@ import pytest
 from conftest import TINY
 from faulty import ARRAY, Square
 
+from ray_tracin import stages
 from ray_tracin import store as paths
+from ray_tracin.integrity import verify
 from ray_tracin.learning import Train
+from ray_tracin.pipeline import Executors, run_to
 from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices, usable_cases
 from ray_tracin.presets import build_config
 from ray_tracin.runs import Run, start_run
@@ -181,6 +184,43 @@ def test_a_case_whose_file_is_replaced_is_inspected_again_until_slices_are_numbe
     assert _inspected(run) == []
 
 
+def test_once_slices_are_numbered_it_does_not_matter_what_becomes_of_the_patients(own_patients: Path) -> None:
+    folders, run = _cases(own_patients), _start_on(own_patients)
+    names = [folder.name for folder in folders]
+    (folders[0] / f"{names[0]}_t1.nii.gz").write_bytes(b"cut short")
+    prepare = lambda: run_to(run, "prepare", Executors(execute_serially, execute_serially), lambda event: None)  # noqa: E731
+    prepare()
+    assert list(run.table("skipped")["case"]) == names[:1]
+    assert sorted(map(str, Inspect(run).keys())) == names
+    shutil.copytree(folders[1], own_patients / "LGG" / names[1])
+    assert _inspected(run) == []
+    (own_patients / "LGG").rename(own_patients / "BraTS19_NEW_1")
+    for folder in folders[3:]:
+        shutil.rmtree(folder)
+    prepare()
+    shutil.rmtree(own_patients)
+    own_patients.mkdir()
+    prepare()
+    assert verify(run) == {}
+    (Path(run.uri) / "receipts" / "inspect" / f"{names[1]}.json").unlink()
+    assert list(verify(run)) == [f"inspect/{names[1]}"]
+
+
+def test_slices_are_not_numbered_otherwise_after_damage(own_patients: Path) -> None:
+    folders, run = _cases(own_patients), _start_on(own_patients)
+    executors = Executors(execute_serially, execute_serially)
+    run_to(run, "prepare", executors, lambda event: None)
+    cut, skipped = run.images([0, 3]), Path(run.uri) / "skipped.parquet"
+    skipped.unlink()
+    away = folders[0].rename(own_patients / "HGG.away")
+    with pytest.raises(ValueError, match="lost or damaged, and .* holds other patients by now, .* put the patients"):
+        run_to(run, "prepare", executors, lambda event: None)
+    away.rename(folders[0])
+    run_to(run, "prepare", executors, lambda event: None)
+    assert np.array_equal(run.images([0, 3]), cut)
+    assert skipped.exists()
+
+
 def test_a_case_that_is_deleted_before_slices_are_numbered_is_forgotten(own_patients: Path) -> None:
     folders, run = _cases(own_patients), _start_on(own_patients)
     names = [folder.name for folder in folders]
@@ -233,6 +273,18 @@ def test_the_pool_does_every_key_and_survives_what_happens(local_cluster: str, r
     assert stage.tries(6) == 2
     # A killed worker takes at most the keys in flight with it.
     assert sum(stage.tries(start) for start in range(0, 12, 2)) <= 6 + 1 + 2
+
+
+@pytest.mark.ray
+def test_an_epoch_that_this_process_does_not_see_is_the_last(
+    local_cluster: str, run: Run, attempts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Chain(run, attempts)
+    monkeypatch.setattr(stages, "SHARED_SECONDS", 0.0)
+    # As where the task is on another node, and writes there.
+    monkeypatch.setattr(run.store, "receipt_keys", lambda name: [])
+    with pytest.raises(ValueError, match=r"have done 1 keys of stage chain, .*all nodes share"):
+        _complete_on_ray(stage)
 
 
 @pytest.mark.ray
