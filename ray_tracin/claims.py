@@ -76,10 +76,12 @@ class Holder:
         if self.pid == os.getpid():
             return self.token in _HELD
         try:
-            started = psutil.Process(self.pid).create_time()
+            process = psutil.Process(self.pid)
+            # In a container without an init nobody buries the dead.
+            alive = process.status() != psutil.STATUS_ZOMBIE
+            return alive and abs(process.create_time() - self.process_started) < 1
         except psutil.NoSuchProcess:
             return False
-        return abs(started - self.process_started) < 1
 
     def __str__(self) -> str:
         job = f", job {self.job}" if self.job else ""

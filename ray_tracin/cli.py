@@ -369,7 +369,7 @@ def query(  # noqa: PLR0913, PLR0917
         Path, typer.Option(exists=True, help="Folder of a new examination (or of several), or a CSV file.")
     ],
     index: Annotated[
-        list[int] | None, typer.Option(help="Slices to explain; the run's own selection without it.")
+        list[int] | None, typer.Option(min=0, help="Slices to explain; the run's own selection without it.")
     ] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Index to use; the largest without it.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="From the run's gradient shards, not an index.")] = False,

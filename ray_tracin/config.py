@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from ray_tracin.vocabulary import Precision, RowDtype
+from ray_tracin.vocabulary import MOST_CLASSES, Precision, RowDtype
 
 FORMAT_VERSION = 1
 """Version of the run on disk; another one is refused."""
@@ -50,6 +50,8 @@ class SliceSelection(Section):
     def _list_has_indices(self) -> "SliceSelection":
         if (self.selection == "list") != bool(self.indices):
             raise ValueError("`indices` goes with `selection: list`, and `selection: list` needs `indices`")
+        if self.indices and (len(set(self.indices)) < len(self.indices) or min(self.indices) < 0):
+            raise ValueError(f"indices must be different positions from 0 on, got {list(self.indices)}")
         return self
 
 
@@ -88,6 +90,18 @@ class DataConfig(Section):
     def _modalities_differ(self) -> "DataConfig":
         if len(set(self.modalities)) < len(self.modalities):
             raise ValueError(f"modalities must be different, got {list(self.modalities)}")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_number_classes(self) -> "DataConfig":
+        labels = self.labels
+        if labels is None:
+            return self
+        if not labels or min(labels) < 1 or len(set(labels.values())) < len(labels) or len(labels) > MOST_CLASSES:
+            raise ValueError(
+                f"labels must map 1 to {MOST_CLASSES} label values above 0 (background is never a class) to different "
+                f"names, got {labels}"
+            )
         return self
 
 
@@ -203,7 +217,7 @@ class InfluenceConfig(Section):
     """Slices on each side of a tile."""
 
     @model_validator(mode="after")
-    def _train_is_a_query_set(self) -> "InfluenceConfig":
+    def _query_sets_differ(self) -> "InfluenceConfig":
         if not self.query_sets or len(set(self.query_sets)) != len(self.query_sets):
             raise ValueError(f"query_sets must name train, test or both once each, got {list(self.query_sets)}")
         return self
@@ -339,7 +353,12 @@ class RunConfig(Section):
 
     def answer(self) -> dict[str, Any]:
         """What changes the answer, as plain values."""
-        return _without_speed(self)
+        values = _without_speed(self)
+        labels = self.data.labels
+        if labels and list(labels) != sorted(labels):
+            # It numbers the classes, and a mapping alone doesn't tell.
+            values["data"]["label_order"] = list(labels)
+        return values
 
     def fingerprint(self) -> str:
         """SHA-256 of what changes the answer and is not at its default, in hexadecimal.

@@ -36,9 +36,11 @@ def write_table(row: dict[str, Any], stage: Stage[Any], keys: Sequence[Any]) -> 
 
 def _pickled(error: Exception) -> bytes:
     try:
-        return pickle.dumps(error)
-    except Exception:  # Errors of libraries may hold what can't travel; their text can.
+        travels = pickle.dumps(error)
+        pickle.loads(travels)
+    except Exception:  # Errors may hold what can't travel, or not be made of their text alone; their text can travel.
         return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    return travels
 
 
 def execute_on_ray_data(stage: Stage[Any], keys: Sequence[Any], report: Report) -> None:

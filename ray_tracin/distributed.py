@@ -4,6 +4,7 @@ For networks and data that keep more than one GPU busy. A plain Ray task is the 
 fraction of the time. Importing Ray Train takes seconds, so this module is loaded only when it is asked for.
 """
 
+import shutil
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchTrainer, get_device
 from torch import nn
 
+from ray_tracin.assignment import TRIES
 from ray_tracin.learning import Train
 from ray_tracin.stages import Report, StageWorker, sound_receipts
 
 POLL_SECONDS = 2.0
-TRIES = 3
 
 
 def execute_with_ray_train(stage: Train, keys: Sequence[Any], report: Report, resources: dict[str, float]) -> None:
@@ -31,6 +32,7 @@ def execute_with_ray_train(stage: Train, keys: Sequence[Any], report: Report, re
     Raises:
         Exception: what the training raised, as Ray Train reports it.
     """
+    folder = tempfile.mkdtemp(prefix="ray-tracin-train-")
     trainer = TorchTrainer(
         train_together,
         train_loop_config={"stage": stage, "keys": list(keys)},
@@ -39,7 +41,7 @@ def execute_with_ray_train(stage: Train, keys: Sequence[Any], report: Report, re
         ),
         run_config=RunConfig(
             name=f"train-{stage.run.fingerprint[:12]}",
-            storage_path=tempfile.mkdtemp(prefix="ray-tracin-train-"),
+            storage_path=folder,
             failure_config=FailureConfig(max_failures=TRIES - 1),
         ),
     )
@@ -59,6 +61,9 @@ def execute_with_ray_train(stage: Train, keys: Sequence[Any], report: Report, re
             fitting.set_result(trainer.fit())
         except BaseException as error:
             fitting.set_exception(error)
+        finally:
+            # What Ray Train notes there is of no use later: checkpoints are the run's.
+            shutil.rmtree(folder, ignore_errors=True)
 
     # Who must stop, because the run is another driver's by now, must not wait for what may take hours.
     threading.Thread(target=fit, daemon=True, name="fit").start()

@@ -133,6 +133,7 @@ def dossier(run: Run, settings: ReportConfig, queries: Sequence[Query]) -> Json:
         "topK": settings.top_k,
         "images": settings.images,
         "score": run.config.explainers.score,
+        "wholeSlices": run.config.gradients.score == "image",
         "maxShare": run.config.explainers.max_share,
         "threshold": run.config.regions.threshold,
         "lowOverlap": LOW_OVERLAP,

@@ -111,8 +111,10 @@ def find_cases(config: DataConfig) -> tuple[list[Case], list[Skipped]]:
         found = list(_listed_cases(listing, config))
         mapping: dict[str, dict[str, str]] = {}
     else:
-        entries = list(_folders(root))
+        unreadable: list[Skipped] = []
+        entries = list(_folders(root, unreadable))
         found = [result for folder, files in entries if (result := _case(folder, files, root, config)) is not None]
+        found += unreadable
         mapping = _name_mapping(path for _, files in entries for path in files if path.name == "name_mapping.csv")
     cases = [_graded(result, mapping) for result in found if isinstance(result, Case)]
     skipped = [result for result in found if isinstance(result, Skipped)]
@@ -174,8 +176,11 @@ def _listing(root: Path, config: DataConfig) -> Path | None:
 # The BraTS tree
 
 
-def _folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Every folder with its entries; a folder named like a NIfTI file counts as an entry and is not entered."""
+def _folders(root: Path, unreadable: list[Skipped]) -> Iterator[tuple[Path, list[Path]]]:
+    """Every folder with its entries; a folder named like a NIfTI file counts as an entry and is not entered.
+
+    Folders below the root that can't be listed, as the ``lost+found`` of a disk, are added to the unreadable.
+    """
     pending, seen = [root], set()
     while pending:
         folder = pending.pop()
@@ -184,7 +189,13 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:
             continue
         seen.add(resolved)
         # What macOS adds to archives looks like cases whose files are damaged.
-        entries = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX")))
+        try:
+            entries = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX")))
+        except PermissionError as error:
+            if folder == root:
+                raise
+            unreadable.append(_skip(folder, f"can't be listed ({error.strerror}): give the user that runs this access"))
+            continue
         below = [path for path in entries if path.is_dir() and not _NIFTI.search(path.name)]
         pending.extend(reversed(below))
         yield folder, [path for path in entries if path not in below]

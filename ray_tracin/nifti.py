@@ -5,6 +5,7 @@ volume is a `VolumeError` of one line. This module knows neither modalities nor 
 """
 
 import gzip
+import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +63,20 @@ def _decoded(path: Path) -> tuple[Any, Float32[np.ndarray, "..."]]:
     content = _content(path)
     try:
         image = (nib.Nifti2Image if _is_nifti2(content) else nib.Nifti1Image).from_bytes(content)
+        _require_voxels(image, len(content))
         return image, image.get_fdata(dtype=np.float32)
-    except (ImageFileError, HeaderDataError, WrapStructError, OSError, ValueError, TypeError) as error:
+    except (ImageFileError, HeaderDataError, WrapStructError, OSError, OverflowError, ValueError, TypeError) as error:
         raise VolumeError(
             f"{path}: expected a whole NIfTI file, found {len(content)} bytes that are none: download it again "
             f"({_one_line(error)})"
         ) from None
+
+
+def _require_voxels(image: Any, there: int) -> None:
+    """Nothing, if there are as many bytes as the header tells: a damaged one can ask for more memory than there is."""
+    voxels = math.prod(int(length) for length in image.shape) * int(image.get_data_dtype().itemsize)
+    if int(image.dataobj.offset) + voxels > there:
+        raise ValueError(f"its header tells of {voxels} bytes of voxels from byte {image.dataobj.offset} on")
 
 
 @dataclass(frozen=True)

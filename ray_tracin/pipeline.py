@@ -156,7 +156,11 @@ def _train(run: Run, executors: Executors, listen: Listener) -> None:
 
 
 def _gradients(run: Run, executors: Executors, listen: Listener) -> None:
-    refuse_what_does_not_fit(run)
+    # Shards of all checkpoints, whatever tiles would have wanted.
+    gradients = run.config.gradients.model_copy(update={"keep": True, "source": "stored"})
+    everything = Run(run.store, run.config.model_copy(update={"gradients": gradients}))
+    hint = "" if run.config.gradients == gradients else "\n`influence` stores only what its tiles want"
+    refuse_what_does_not_fit(everything, hint)
     complete(Differentiate(run, run.config.influence_epochs()), executors.pool, listen)
 
 
@@ -193,7 +197,7 @@ def _stored(run: Run, epochs: tuple[int, ...]) -> set[int]:
     return set(epochs) - {key.epoch for key in keys if str(key) not in held}
 
 
-def refuse_what_does_not_fit(run: Run) -> None:
+def refuse_what_does_not_fit(run: Run, hint: str = "") -> None:
     """Nothing, if the plan of the run keeps within what its workers and its disk have.
 
     Raises:
@@ -201,7 +205,7 @@ def refuse_what_does_not_fit(run: Run) -> None:
     """
     problems = plan_of(run).problems
     if problems:
-        raise ValueError("this would not fit:\n  " + "\n  ".join(problems))
+        raise ValueError("this would not fit:\n  " + "\n  ".join(problems) + hint)
 
 
 def release_gradients(run: Run, epochs: tuple[int, ...]) -> None:

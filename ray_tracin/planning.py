@@ -28,6 +28,7 @@ from ray_tracin.runs import Run, is_run, open_run_with, read_document
 from ray_tracin.store import IncompleteRunError, RunStore
 from ray_tracin.unet import HEAD, build_unet
 from ray_tracin.vocabulary import QuerySet, UsageError, ranges
+from ray_tracin.volumes import SCHEMES
 
 PAIR_BYTES = 6
 """A pair of regions in the exported table. Measured, as what follows, on the demo: 5.3, 5 KiB, 0.9, 5 MB."""
@@ -339,7 +340,7 @@ def _plan_by_patients(config: RunConfig, uri: str | None, patients: int | None) 
     per_patient = examinations * (len(config.data.slices.indices) or config.data.slices.count)
     validation, test = round(patients * config.split.validation), round(patients * config.split.test)
     train = patients - validation - test
-    classes = len(config.data.labels or range(3))
+    classes = len(config.data.labels or SCHEMES.get(config.data.label_scheme, SCHEMES["brats"]))
     train, test, cut = (round(count * per_patient) for count in (train, test or validation, patients))
     return _plan(config, (train, test, cut), classes, uri)
 

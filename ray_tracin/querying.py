@@ -83,7 +83,8 @@ class ScanExplanation:
     """What the training set has to do with the regions of a new scan."""
 
     regions: pd.DataFrame
-    """A row a region: case, index, class_id, class_name, pixels, overlap, dice, labelled, warnings."""
+    """A row a region: case, index, class_id, class_name, pixels, overlap, dice, labelled, warnings, in_tensor (not
+    where the regions of a checkpoint are its own, and one doesn't predict it)."""
     ranking: pd.DataFrame
     """A row a region, side (proponent or opponent) and rank: case, index and class_id of the region; influence; and of
     the train region train_slice, patient, train_index, train_class_id, train_class, overlap, is_global. As in
@@ -104,6 +105,12 @@ class ScanExplanation:
             found.append(f"{', '.join(cases)}: no ground truth, the network's own prediction stands in for it")
         read = self.regions.loc[self.regions["warnings"] != "", ["case", "warnings"]].drop_duplicates()
         found += [f"{case}: read with a warning: {warnings}" for case, warnings in read.itertuples(index=False)]
+        absent = self.regions[~self.regions["in_tensor"]]
+        if len(absent):
+            found.append(
+                f"{'; '.join(_named(absent))}: not every checkpoint predicts it, so it has no influence "
+                "(regions.source=checkpoint): nothing to rank"
+            )
         unranked = self._unranked()
         if unranked:
             why = (
@@ -118,10 +125,13 @@ class ScanExplanation:
         return found
 
     def _unranked(self) -> list[str]:
-        region = ["case", "index", "class_name"]
-        ranked = set(self.ranking[region].itertuples(index=False, name=None))
-        lines = self.regions[region].itertuples(index=False, name=None)
-        return [f"{case}, slice {index}, {name}" for case, index, name in lines if (case, index, name) not in ranked]
+        ranked = set(_named(self.ranking))
+        return [name for name in _named(self.regions[self.regions["in_tensor"]]) if name not in ranked]
+
+
+def _named(regions: pd.DataFrame) -> list[str]:
+    lines = regions[["case", "index", "class_name"]].itertuples(index=False, name=None)
+    return [f"{case}, slice {index}, {name}" for case, index, name in lines]
 
 
 def explain_scan(
@@ -147,7 +157,7 @@ def explain_scan(
     """
     size = pick_index(run, size)
     scan = read_scan(run, source, indices)
-    if not bool(scan.masks.any()):
+    if not bool(_regions(run, scan).any()):
         threshold = run.config.regions.threshold
         raise ValueError(
             f"the network predicts no class with more than {threshold:.0%} confidence on the {len(scan.images)} slices "
@@ -155,7 +165,7 @@ def explain_scan(
         )
     influence = scan_influence(run, scan, size)
     agreement = run.store.read_table(agreement_path(size)) if size else pd.DataFrame()
-    regions, is_global = _region_table(run, scan), global_explainers(run)
+    regions, is_global = _region_table(run, scan, influence), global_explainers(run)
     left_out = is_global & (not keep_global)
     counts = {name: int(left_out[place].sum()) for place, name in enumerate(run.classes)}
     told = {name: count for name, count in counts.items() if count and name in set(regions["class_name"])}
@@ -197,7 +207,7 @@ def read_scan(run: Run, source: str | Path, indices: Sequence[int] = ()) -> Scan
     update = {"root": str(source), "layout": "auto", "grade": "all", "cohort": "all", "strict": True}
     data = run.config.data.model_copy(update=update)
     if indices:
-        data = data.model_copy(update={"slices": SliceSelection(selection="list", indices=tuple(indices))})
+        data = data.model_copy(update={"slices": SliceSelection(selection="list", indices=tuple(set(indices)))})
     frames, images, truths = [], [], []
     for case in find_cases(data)[0]:
         frame, image, truth = _cut(run, case, data)
@@ -296,9 +306,15 @@ def _shard_reader(run: Run, layout: Layout, epoch: int, start: int, stop: int) -
     return read
 
 
-def _region_table(run: Run, scan: Scan) -> pd.DataFrame:
+def _regions(run: Run, scan: Scan) -> Tensor:
+    """Which regions there are to explain, (slice, class): all, where scores are of whole slices."""
+    return region_pixels(whole_slices(scan.masks) if run.config.gradients.score == "image" else scan.masks) > 0
+
+
+def _region_table(run: Run, scan: Scan, influence: Tensor) -> pd.DataFrame:
     pixels, overlap = region_pixels(scan.masks), region_overlap(scan.masks, scan.labels)
-    slices, classes = (part.numpy() for part in (pixels > 0).nonzero(as_tuple=True))
+    slices, classes = (part.numpy() for part in _regions(run, scan).nonzero(as_tuple=True))
+    in_tensor = (~influence.isnan()).any(2).mT
     own = scan.table.iloc[slices].reset_index(drop=True)
     return own.assign(
         class_id=(classes + 1).astype(np.int8),
@@ -306,6 +322,7 @@ def _region_table(run: Run, scan: Scan) -> pd.DataFrame:
         pixels=pixels.numpy()[slices, classes],
         overlap=overlap.numpy()[slices, classes],
         dice=scan.scores.numpy()[slices, classes],
+        in_tensor=in_tensor.numpy()[slices, classes],
     )
 
 
@@ -330,8 +347,8 @@ def _rankings(run: Run, scan: Scan, influence: Tensor, is_global: Tensor, left_o
                 is_global=is_global[class_id - 1, columns].numpy(),
             )
             frames.append(frame)
-    first = ["case", "index", "class_id", "class_name", "side", "rank", "influence"]
-    return pd.concat(frames, ignore_index=True)[[*first, *train.columns, "is_global"]]
+    names = ["case", "index", "class_id", "class_name", "side", "rank", "influence", *train.columns, "is_global"]
+    return pd.concat(frames, ignore_index=True)[names] if frames else pd.DataFrame(columns=names)
 
 
 def global_explainers(run: Run) -> Tensor:

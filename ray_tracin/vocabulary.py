@@ -29,6 +29,8 @@ from typing import Literal, get_args
 QuerySet = Literal["train", "test"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 """Of the operands of convolutions and products (`arithmetic`)."""
+MOST_CLASSES = 255
+"""What a label of one byte can tell apart from the background."""
 RowDtype = Literal["float32", "bfloat16", "float16"]
 """In which packed rows are kept (`rounding`)."""
 Split = Literal["train", "validation", "test"]

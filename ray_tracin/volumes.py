@@ -16,7 +16,7 @@ from jaxtyping import Float32, Int32, Integer, Shaped, UInt8
 from ray_tracin.config import DataConfig, SliceSelection, SplitConfig
 from ray_tracin.folders import Case, Dialect
 from ray_tracin.nifti import Affine, Scan, VolumeError, Voxels, align, load_scan, reorient
-from ray_tracin.vocabulary import Split
+from ray_tracin.vocabulary import MOST_CLASSES, Split
 
 LABEL_TOLERANCE = 1e-3
 """Largest distance of a label from an integer; segmentations that went through float hold 2.99999."""
@@ -24,7 +24,6 @@ MOST_NEGATIVE = 0.01
 """Share of an image's voxels that aren't 0 above which negative ones get a warning; interpolation leaves a few."""
 BACKGROUND = -1.0
 """Value of images outside the brain and outside the volume."""
-MOST_CLASSES = 255
 """Class ids are stored as uint8."""
 
 AnyArray = Shaped[np.ndarray, "..."]
@@ -183,17 +182,19 @@ def decide_label_scheme(values: Iterable[int], config: DataConfig, dialect: Dial
 
     Raises:
         ValueError: nothing is labelled, or the values don't tell the scheme (3 and 4 together, above all), or the one
-            asked for lacks some; or ``data.labels`` names the background, a class twice, or more than 255 classes.
+            asked for lacks some; or a CSV file's data set has more than 255.
     """
     found = sorted(set(values) - {0})
     if config.labels is not None:
-        return _knowing(LabelScheme("labels", _checked_labels(config.labels)), found)
+        return _knowing(LabelScheme("labels", dict(config.labels)), found)
     if config.label_scheme != "auto":
         return _knowing(LabelScheme(config.label_scheme, SCHEMES[config.label_scheme]), found)
     if not found:
         raise ValueError("no voxel of the data set is labelled: training and influence need ground truth")
     if dialect == "csv":
-        return LabelScheme("auto", _checked_labels({value: f"class {value}" for value in found}))
+        if len(found) > MOST_CLASSES:
+            raise ValueError(f"expected at most {MOST_CLASSES} label values, found {len(found)}: is it a label map?")
+        return LabelScheme("auto", {value: f"class {value}" for value in found})
     name = _brats_scheme(found, dialect)
     return LabelScheme(name, SCHEMES[name])
 
@@ -296,8 +297,6 @@ def _integers(scan: Scan, reference: Scan, warnings: list[str]) -> Labels:
 
 
 def _listed(indices: Sequence[int], length: int, case: str) -> tuple[int, ...]:
-    if len(set(indices)) < len(indices) or min(indices) < 0:
-        raise ValueError(f"data.slices.indices must be different positions from 0 on, got {list(indices)}")
     if max(indices) >= length:
         raise VolumeError(f"{case}: expected slice {max(indices)}, found slices 0 to {length - 1}: choose from these")
     return tuple(sorted(indices))
@@ -400,16 +399,6 @@ def _brats_scheme(found: Sequence[int], dialect: Dialect) -> str:
             "data.labels={1: tumour}, or data.label_scheme if it is the necrotic core of BraTS"
         )
     return "brats2023" if 3 in found or dialect == "brats2023" else "brats"
-
-
-def _checked_labels(labels: Mapping[int, str]) -> dict[int, str]:
-    """The map itself, if classes can be numbered by it."""
-    if not labels or min(labels) < 1 or len(set(labels.values())) < len(labels) or len(labels) > MOST_CLASSES:
-        raise ValueError(
-            f"data.labels must map 1 to {MOST_CLASSES} label values above 0 (background is never a class) to "
-            f"different names, got {dict(labels)}"
-        )
-    return dict(labels)
 
 
 def _knowing(scheme: LabelScheme, found: Iterable[int]) -> LabelScheme:

@@ -33,6 +33,16 @@ def test_what_changes_the_answer_changes_the_fingerprint(override: str) -> None:
     assert base.differences(other)[0].startswith(override.split("=", maxsplit=1)[0])
 
 
+def test_the_order_of_labels_numbers_classes_and_is_part_of_the_fingerprint() -> None:
+    usual = build_config("demo", None, ["data.labels={1: a, 4: b}"])
+    turned = build_config("demo", None, ["data.labels={4: b, 1: a}"])
+    assert turned.fingerprint() != usual.fingerprint()
+    assert usual.differences(turned) == ["data.label_order: None → [4, 1]"]
+    again = build_config(None, parse_yaml(turned.to_yaml(), "text"))
+    assert list(again.data.labels or {}) == [4, 1]
+    assert again.fingerprint() == turned.fingerprint()
+
+
 def test_an_unknown_key_is_named_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"unknown setting 'training\.epoch'; known here: .*epochs.*momentum"):
         build_config("demo", {"training": {"epoch": 3}})
@@ -57,6 +67,14 @@ def test_an_unknown_key_is_named_with_the_known_ones() -> None:
         ("data.modalities=[t1, t1]", r"data: modalities must be different, got \['t1', 't1'\]"),
         ("split={validation: 0.6, test: 0.4}", r"must leave patients to train on"),
         ("influence.query_sets=[train, train]", r"once each, got \['train', 'train'\]"),
+        (
+            "data.slices={selection: list, indices: [3, 3]}",
+            r"indices must be different .*, got \[3, 3\]",
+        ),
+        ("data.slices={selection: list, indices: [-1, 2]}", r"different positions from 0 on, got \[-1, 2\]"),
+        ("data.labels={0: background, 1: a}", r"data: labels must map 1 to 255 label values above 0 .*'background'"),
+        ("data.labels={1: a, 2: a}", r"to different names, got \{1: 'a', 2: 'a'\}"),
+        ("data.labels={}", r"to different names, got \{\}"),
         ("width", r"an override reads key\.path=value, got 'width'"),
     ],
 )

@@ -1,8 +1,11 @@
 """Discovery: every layout by its names alone, and one clear line for every case that can't be used."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -209,6 +212,36 @@ def test_strict_fails_on_the_first_that_is_skipped(tmp_path: Path) -> None:
         "BraTS2021_00007 can't be used, and none may be left out: "
         "expected NIfTI files, found none: extract the case again"
     )
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line() -> None:
+    with TemporaryDirectory() as name:  # Whose parents everyone may enter.
+        root = Path(name)
+        closed = root / "lost+found"
+        closed.mkdir()
+        case = add_case(root / "BraTS2021_00000")
+        for folder in (root, case):
+            folder.chmod(0o755)
+        closed.chmod(0)
+        with without_privileges():
+            cases, skipped = found(root)
+    assert [case.case for case in cases] == ["BraTS2021_00000"]
+    assert [(skip.case, skip.reason) for skip in skipped] == [
+        ("lost+found", "can't be listed (Permission denied): give the user that runs this access")
+    ]
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """As an ordinary user, whom permissions bind."""
+    mine = os.geteuid()
+    if mine == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if mine == 0:
+            os.seteuid(mine)
 
 
 def test_a_link_loop_ends(tmp_path: Path) -> None:

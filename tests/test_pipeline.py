@@ -12,12 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TINY
+from test_querying import known_case
 
 import ray_tracin
 from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explanation import explain_region
 from ray_tracin.integrity import verify
 from ray_tracin.pipeline import STEPS, Executors, run_to, status
+from ray_tracin.querying import EXACT, explain_scan
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor
 from ray_tracin.stages import Event, execute_serially
@@ -173,6 +175,10 @@ def test_plain_tracin_is_the_sum_over_both_classes(tiny_run: Run, patients: Path
     finish(run, "influence")
     epoch, rows = run.config.influence_epochs()[0], run.train_slices[:3]
     model = oracle.double(run.model(epoch=epoch))
+    folder, cut = known_case(run)
+    asked = explain_scan(run, folder, size=EXACT, k=3)
+    assert len(asked.regions) == len(cut) * 3, "every slice and class"
+    assert asked.regions["in_tensor"].all()
     losses = []
     for row in rows:
         logits = model(torch.from_numpy(run.images([row])).double())[0]
@@ -199,6 +205,11 @@ def test_regions_of_each_checkpoint_are_another_tensor(tiny_run: Run, patients: 
     assert {name: run.store.array(f"regions.zarr/{name}").attrs["source"] for name in names} == names
     table = run.table("regions")
     epochs = run.config.influence_epochs()
+    folder, cut = known_case(run)
+    asked = explain_scan(run, folder, size=EXACT, k=3)
+    pixels = table.set_index(["slice", "class"])[["pixels", *(f"pixels_epoch_{epoch:02d}" for epoch in epochs)]] > 0
+    expected = pixels.loc[cut][pixels.loc[cut]["pixels"]].all(axis=1)
+    assert list(asked.regions["in_tensor"]) == list(expected)
     always = np.all([table[f"pixels_epoch_{epoch:02d}"] > 0 for epoch in epochs], axis=0)
     positions = table["slice"].isin(run.train_slices)
     exists = always[positions.to_numpy()].reshape(-1, 3).T.reshape(-1)

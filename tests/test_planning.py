@@ -31,6 +31,12 @@ def test_shards_that_are_to_be_kept_are_stored() -> None:
     assert plan("influence.tile_slices=1000").source == ("stored", "gradients.keep=true")
 
 
+def test_the_scheme_says_how_many_classes_there_will_be() -> None:
+    assert plan("data.label_scheme=brats2024").classes == 4
+    assert plan("data.labels={1: lesion}").classes == 1
+    assert plan().classes == plan("data.label_scheme=msd").classes == 3
+
+
 def test_rows_that_fit_are_not_stored() -> None:
     one = plan("gradients.keep=false", "influence.tile_slices=1000")
     assert one.fused

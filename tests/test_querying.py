@@ -202,12 +202,18 @@ def test_notes_name_the_regions_without_a_ranking_and_each_warning_once() -> Non
             "class_name": ["ED", "ET", "ED"],
             "labelled": True,
             "warnings": ["shifted", "shifted", ""],
+            "in_tensor": True,
         }
     )
     ranking = regions.iloc[[1, 2]]
     assert ScanExplanation(regions, ranking, EXACT, pd.DataFrame()).notes == [
         "A: read with a warning: shifted",
         "A, slice 3, ED: the gradient is 0, and so is every influence: nothing to rank",
+    ]
+    rare = regions.assign(in_tensor=[False, True, True])
+    assert ScanExplanation(rare, ranking, EXACT, pd.DataFrame()).notes[1:] == [
+        "A, slice 3, ED: not every checkpoint predicts it, so it has no influence (regions.source=checkpoint): nothing "
+        "to rank"
     ]
     assert ScanExplanation(regions.iloc[2:], ranking, EXACT, pd.DataFrame()).notes == []
     assert ScanExplanation(regions.iloc[1:2], ranking.iloc[1:], EXACT, pd.DataFrame(), {"ET": 7}).notes[1:] == [

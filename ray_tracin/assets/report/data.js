@@ -47,7 +47,8 @@ const className = (classId) => DATA.classes[classId - 1].name;
 const classColour = (classId) => DATA.classes[classId - 1].colour;
 const classIds = () => DATA.classes.map((_, position) => position + 1);
 const regionPlace = (slice, classId) => slice * CLASSES + classId - 1;
-const regionExists = (slice, classId) => REGIONS.pixels[regionPlace(slice, classId)] > 0;
+// Where scores are of whole slices, influence is there without a pixel above the threshold.
+const regionExists = (slice, classId) => DATA.wholeSlices || REGIONS.pixels[regionPlace(slice, classId)] > 0;
 
 // Dice of the whole prediction of a class on a slice; NaN where the class is nowhere, or nothing is known of it.
 function sliceDice(slice, classId) {
