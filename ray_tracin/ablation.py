@@ -12,12 +12,12 @@ from torch import Tensor
 from ray_tracin import store as paths
 from ray_tracin.devices import pick_device
 from ray_tracin.features import feature_sets, impacts
-from ray_tracin.featuring import POOLED
-from ray_tracin.mapping import PREDICTED_SLICES, REGION_SLICES
+from ray_tracin.featuring import predictive_features
+from ray_tracin.mapping import PREDICTED_SLICES, slice_ranges
 from ray_tracin.runs import FINAL, Run
 from ray_tracin.stages import Result, Stage
 from ray_tracin.unet import HEAD, last_hidden_maps
-from ray_tracin.vocabulary import SliceRange, ranges
+from ray_tracin.vocabulary import SliceRange
 
 SetName = tuple[int, str]
 """Class whose impact is measured, and name of the set."""
@@ -35,7 +35,7 @@ class Ablate(Stage[SliceRange]):
 
     def keys(self) -> Sequence[SliceRange]:
         """Ranges of all slices, of which those are done that are ablated; ranges without one are left out."""
-        found = [SliceRange(start, stop) for start, stop in ranges(len(self.run.slices), REGION_SLICES)]
+        found = slice_ranges(self.run)
         return [key for key in found if _ablated(self.run, key)]
 
     def open(self) -> Callable[[SliceRange], Result]:
@@ -76,12 +76,10 @@ def class_sets(run: Run, features: int) -> dict[SetName, tuple[int, ...]]:
     """
     if "test" not in run.query_sets:
         return {}
-    table = run.store.read_table(paths.FEATURE_TRENDS)
     found: dict[SetName, tuple[int, ...]] = {}
     for class_id in range(1, len(run.classes) + 1):
-        mine = table[(table["query_class"] == class_id) & (table["train_class"] == POOLED) & table["predictive"]]
         seed = (run.config.seed % 2**63, *Ablate.name.encode(), class_id)
-        sets = feature_sets(mine["feature"].tolist(), features, run.config.features.random_sets, seed)
+        sets = feature_sets(sorted(predictive_features(run, class_id)), features, run.config.features.random_sets, seed)
         found |= {(class_id, name): chosen for name, chosen in sets.items()}
     return found
 

@@ -12,9 +12,10 @@ import pandas as pd
 from ray_tracin import store as paths
 from ray_tracin.charts import findings
 from ray_tracin.dossier import Json, packed
-from ray_tracin.featuring import POOLED
+from ray_tracin.featuring import pooled
 from ray_tracin.runs import Run
-from ray_tracin.store import Array, Receipt
+from ray_tracin.scores import train_cells
+from ray_tracin.store import Receipt
 from ray_tracin.vocabulary import ranges
 
 MATRIX_CELLS = 180
@@ -31,8 +32,8 @@ def about_model(run: Run) -> Json:
         "matrix": _matrix(run) if "train" in run.query_sets else None,
         "proponentClasses": _records(run.table("proponent_classes")),
         "classList": run.config.explainers.class_list,
-        "trends": _records(_pooled(run, "feature_trends")) if known else [],
-        "curves": _curves(_pooled(run, "feature_importance")) if known else [],
+        "trends": _records(pooled(run, "feature_trends")) if known else [],
+        "curves": _curves(pooled(run, "feature_importance")) if known else [],
         "impact": _impact(run, "feature_impact"),
         "sets": _impact(run, "feature_set_impact"),
         "findings": findings(run),
@@ -69,11 +70,6 @@ def _records(table: pd.DataFrame) -> list[Json]:
     ]
 
 
-def _pooled(run: Run, name: str) -> pd.DataFrame:
-    table = run.table(name)
-    return table[table["train_class"] == POOLED]
-
-
 def _curves(importance: pd.DataFrame) -> list[Json]:
     """Importance against rank, as means over ranges of ranks."""
     found = []
@@ -86,7 +82,7 @@ def _curves(importance: pd.DataFrame) -> list[Json]:
 
 
 def _impact(run: Run, name: str) -> list[Json]:
-    """A table of masking; none where no test query has ground truth."""
+    """A table of masking; none where no slice that is masked has ground truth."""
     try:
         return _records(run.table(name))
     except paths.IncompleteRunError:
@@ -94,42 +90,13 @@ def _impact(run: Run, name: str) -> list[Json]:
 
 
 def _matrix(run: Run) -> Json:
-    """The train-influence matrix in blocks that keep to their classes: mean, smallest, largest, and number of pairs.
-
-    Read a range of queries at a time.
-    """
-    n, classes = len(run.train_slices), len(run.classes)
-    block = max(1, -(-classes * n // MATRIX_CELLS))
-    starts = [first for first, _ in ranges(n, block)]
-    tensor = run.influence("train")
-    rows: list[tuple[Array, ...]] = []
-    for class_id in range(classes):
-        for start, stop in ranges(n, block):
-            selection = (slice(class_id, class_id + 1), slice(start, stop), slice(0, tensor.shape[2]))
-            part = run.store.read(f"{paths.INFLUENCE}/train", selection)[0].astype(np.float64)
-            rows.append(_cells(part.reshape(stop - start, classes, n), starts))
-    mean, low, high, pairs = (np.stack(parts) for parts in zip(*rows, strict=True))
+    cells = train_cells(run, MATRIX_CELLS)
+    kinds = {"mean": "float32", "low": "float32", "high": "float32", "pairs": "int32"}
     return {
-        "block": block,
-        "perClass": len(starts),
-        "mean": packed(mean, "float32"),
-        "low": packed(low, "float32"),
-        "high": packed(high, "float32"),
-        "pairs": packed(pairs, "int32"),
+        "block": cells.block,
+        "perClass": len(ranges(len(run.train_slices), cells.block)),
+        **{name: packed(getattr(cells, name), dtype) for name, dtype in kinds.items()},
     }
-
-
-def _cells(part: Array, starts: list[int]) -> tuple[Array, Array, Array, Array]:
-    """Of influence (query, train_class, train): the cells of one row of blocks."""
-
-    def reduced(operation: np.ufunc, values: Array) -> Array:
-        cells: Array = operation.reduceat(operation.reduce(values, axis=0), starts, axis=1)
-        return cells.ravel()
-
-    pairs = reduced(np.add, (~np.isnan(part)).astype(np.int64))
-    total = reduced(np.add, np.where(np.isnan(part), 0, part))
-    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, which is what a block without a pair is.
-        return total / pairs, reduced(np.fmin, part), reduced(np.fmax, part), pairs
 
 
 def about_run(run: Run) -> Json:

@@ -109,6 +109,11 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision that values of a stored one are multiplied and added in: float32, or float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def multiply(
     left: Float[Tensor, "row column"], right: Float[Tensor, "other column"], precision: Precision = "float32"
 ) -> Float[Tensor, "row other"]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -36,7 +35,7 @@ class AssembleStripes(Stage[Stripe]):
         epochs, classes, train = run.config.influence_epochs(), len(run.classes), len(run.train_slices)
         about = {
             "epochs": list(epochs),
-            "learning_rates": self._learning_rates,
+            "learning_rates": run.learning_rates.tolist(),
             "train_slices": list(run.train_slices),
             "classes": list(run.classes),
             **run.config.differentiated(),
@@ -67,11 +66,6 @@ class AssembleStripes(Stage[Stripe]):
                     attributes=own,
                 )
 
-    @cached_property
-    def _learning_rates(self) -> list[float]:
-        table = self.run.table("checkpoints").set_index("epoch")["learning_rate"]
-        return [float(table.loc[epoch]) for epoch in self.run.config.influence_epochs()]
-
     def open(self) -> Callable[[Stripe], Result]:
         """Read the tiles of a stripe and write its part of every array."""
         return self._assemble
@@ -87,7 +81,7 @@ class AssembleStripes(Stage[Stripe]):
             stripes.append(train_columns(absent))
             norms.append(np.where(exists.T, norm2, np.nan))
         kernels = torch.stack(stripes)
-        total = sum_checkpoints(kernels, torch.tensor(self._learning_rates, dtype=torch.float64))
+        total = sum_checkpoints(kernels, run.learning_rates)
         part = slice(key.start, key.stop)
         classes, columns = total.shape[0], total.shape[2]
         base, everything = f"{paths.INFLUENCE}/", (slice(0, classes), part, slice(0, columns))
@@ -205,8 +199,7 @@ class TabulateSelfInfluence(Stage[str]):
     def _regions(self) -> pd.DataFrame:
         run = self.run
         norms = torch.from_numpy(run.store.read(f"{paths.INFLUENCE}/norm2_train"))
-        rates = run.store.attributes(paths.INFLUENCE)["learning_rates"]
-        diagonal = sum_checkpoints(norms[..., None], torch.tensor(rates, dtype=torch.float64))[..., 0].numpy()
+        diagonal = sum_checkpoints(norms[..., None], run.learning_rates)[..., 0].numpy()
         train_slices, train_classes = train_regions(run)
         patients = run.slices.set_index("slice")["patient"]
         table = pd.DataFrame(

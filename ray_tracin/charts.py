@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import gaussian_kde, permutation_test
 
-from ray_tracin.featuring import POOLED
+from ray_tracin.featuring import predictive_features
 from ray_tracin.runs import Run
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -104,10 +104,9 @@ def _crowded(run: Run) -> list[str]:
 
 def _impacts(run: Run, class_id: int) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
     """The impacts of a class's predictive features, and of its others."""
-    impact, trends = run.table("feature_impact"), run.table("feature_trends")
-    pooled = trends[(trends["query_class"] == class_id) & (trends["train_class"] == POOLED)]
+    impact = run.table("feature_impact")
     values = impact[impact["class"] == class_id].dropna(subset="impact")
-    predictive = values["feature"].isin(pooled.loc[pooled["predictive"], "feature"]).to_numpy()
+    predictive = values["feature"].isin(predictive_features(run, class_id)).to_numpy()
     drops = values["impact"].to_numpy(dtype=float)
     return drops[predictive], drops[~predictive]
 

@@ -68,11 +68,6 @@ POINTWISE = Geometry(kernel=(1,), stride=(1,), dilation=(1,), padding=((0, 0),))
 """A linear layer: its leading axes, flattened, are the positions of a kernel of one pixel."""
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The precision that values of a stored one are multiplied and added in: float32, or float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def windows_of(geometry: Geometry, points: Box) -> Box:
     """The box of all that a box of points sees; where there is padding it reaches outside."""
     return tuple(
@@ -235,7 +230,7 @@ def _correlate_block(
 ) -> Float[Tensor, "slice class column"]:
     slices, pointed, groups, outs, _ = points.shape
     classes, seen_by_kernel = max(pointed, windows.shape[1]), windows.shape[3] * math.prod(geometry.kernel)
-    block = points.new_empty((slices, classes, groups, outs, seen_by_kernel), dtype=wide(points.dtype))
+    block = points.new_empty((slices, classes, groups, outs, seen_by_kernel), dtype=arithmetic.wide(points.dtype))
     size = windows.shape[1] * groups * seen_by_kernel * math.prod(positions)
     plain = pointed == classes and groups == 1
     mixed = plain and points.dtype == torch.bfloat16 and points.device.type in arithmetic.MIXED_DEVICES

@@ -20,7 +20,7 @@ from ray_tracin.explainers import NONE, rank_regions
 from ray_tracin.explaining import global_columns
 from ray_tracin.explanation import neutrality, query_scores, region_features
 from ray_tracin.features import similarity
-from ray_tracin.featuring import POOLED
+from ray_tracin.featuring import pooled
 from ray_tracin.panels import draw_feature, mark_sides, region_mask, shortened
 from ray_tracin.runs import FINAL, Run
 from ray_tracin.store import Array
@@ -55,8 +55,8 @@ def draw_feature_curves(run: Run) -> Figure:
     nearest to 0, and its first opponent; with its maximum ``f`` in each region and the similarity ``S`` with the query
     (eq. 7).
     """
-    trends = run.table("feature_trends")
-    chosen = _chosen_features(trends[(trends["train_class"] == POOLED) & (trends["trend"] != "dead")])
+    trends = pooled(run, "feature_trends")
+    chosen = _chosen_features(trends[trends["trend"] != "dead"])
     lines = chosen.to_dict("records")
     shown = {class_id: examples(run, class_id) for class_id in sorted({int(line["query_class"]) for line in lines})}
     rows = len(ROLES) if any(shown.values()) else 0
@@ -104,8 +104,7 @@ def examples(run: Run, class_id: int) -> list[Example]:
 
 
 def _draw_curves(figure: SubFigure, run: Run, lines: Sequence[Line]) -> None:
-    curves = run.table("feature_importance")
-    curves = curves[curves["train_class"] == POOLED]
+    curves = pooled(run, "feature_importance")
     axes = list(figure.subplots(1, len(SHOWN_TRENDS), sharey=True))
     for axis, line in zip(axes, lines, strict=False):
         mine = curves[(curves["feature"] == line["feature"]) & (curves["query_class"] == line["query_class"])]

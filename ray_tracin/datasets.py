@@ -9,6 +9,7 @@ ever. Every key is a block of its own, so that it is lost alone.
 
 import logging
 import pickle
+import time
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -20,10 +21,9 @@ from ray.exceptions import RayError
 from ray_tracin.assignment import Assignment
 from ray_tracin.faults import NoAnswerError, ended_after, reason, repeats, stage_error
 from ray_tracin.stages import Attempt, Report, Stage, StageWorker
-from ray_tracin.store import now
 
 
-def write_table(row: dict[str, Any], stage: Stage[Any], keys: Sequence[Any]) -> dict[str, Any]:
+def do_key(row: dict[str, Any], stage: Stage[Any], keys: Sequence[Any]) -> dict[str, Any]:
     """Do the key at a position; what comes back says only which, and what was raised. A mapper of Ray Data."""
     position = int(row["item"])
     try:
@@ -64,7 +64,7 @@ def execute_on_ray_data(stage: Stage[Any], keys: Sequence[Any], report: Report) 
 
 
 def _run_job(stage: Stage[Any], keys: Sequence[Any], assigned: Assignment, report: Report) -> None:
-    began, silent = now(), dict.fromkeys(keys)
+    began, silent = time.time(), dict.fromkeys(keys)
     for row in _dataset(stage, keys).iter_rows():
         key = keys[int(row["item"])]
         del silent[key]
@@ -73,17 +73,17 @@ def _run_job(stage: Stage[Any], keys: Sequence[Any], assigned: Assignment, repor
             report(key)
             continue
         error = pickle.loads(row["error"])
-        report(key, Attempt("error", reason(error), started=now()))
+        report(key, Attempt("error", reason(error), started=time.time()))
         assigned.fail(key, error, for_good=repeats(error))
     for key in silent:
-        report(key, Attempt("lost", reason(NoAnswerError()), started=began, seconds=now() - began))
+        report(key, Attempt("lost", reason(NoAnswerError()), started=began, seconds=time.time() - began))
         assigned.fail(key, NoAnswerError())
 
 
 def _dataset(stage: Stage[Any], keys: Sequence[Any]) -> ray.data.Dataset:
     """The answers to the keys, as they come; a key whose process ended has none."""
     positions = ray.data.from_items(list(range(len(keys))), override_num_blocks=len(keys))
-    mapper: Any = partial(write_table, stage=stage, keys=list(keys))
+    mapper: Any = partial(do_key, stage=stage, keys=list(keys))
     workers = stage.run.config.resources.workers
     # No more than there are keys: Ray Data would warn of the difference.
     at_once = workers and min(workers, len(keys))

@@ -14,18 +14,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from ray_tracin import store as paths
 from ray_tracin.charts import class_colours
 from ray_tracin.config import ReportConfig
 from ray_tracin.curation import review_regions
-from ray_tracin.explainers import gradient_norms
 from ray_tracin.explaining import global_columns
 from ray_tracin.explanation import LOW_OVERLAP
-from ray_tracin.featuring import MAXIMA, POOLED
+from ray_tracin.featuring import MAXIMA, predictive_features
 from ray_tracin.pictures import MAP_SIZE, DrawSlices, mapped_features, part_path
 from ray_tracin.runs import Run
+from ray_tracin.scores import region_norms
 from ray_tracin.store import Array
 from ray_tracin.vocabulary import QuerySet, UsageError
 
@@ -180,20 +179,10 @@ def _regions(run: Run, rows: Sequence[int]) -> Json:
     return {name: packed(table[name].to_numpy().reshape(shape), dtype) for name, dtype in kinds.items()}
 
 
-def _norms(run: Run, query_set: QuerySet) -> Array | None:
-    """The gradient norms of a query set's regions, float64 (class, query)."""
-    if query_set not in run.query_sets:
-        return None
-    rates = torch.tensor(run.store.attributes(paths.INFLUENCE)["learning_rates"], dtype=torch.float64)
-    norm2 = torch.from_numpy(run.store.read(f"{paths.INFLUENCE}/norm2_{query_set}"))
-    norms: Array = gradient_norms(norm2, rates).numpy()
-    return norms
-
-
 def _train(run: Run, rows: Sequence[int]) -> Json:
     """What stands behind the columns of the tensor."""
     place = {row: position for position, row in enumerate(rows)}
-    norms = _norms(run, "train")
+    norms = region_norms(run, "train").numpy() if "train" in run.query_sets else None
     shares = np.full(global_columns(run).shape, np.nan, dtype=np.float32)
     table = run.store.read_table(paths.GLOBAL_EXPLAINERS)
     n = len(run.train_slices)
@@ -209,33 +198,24 @@ def _train(run: Run, rows: Sequence[int]) -> Json:
 
 def _queries(run: Run, queries: Sequence[Query], rows: Sequence[int]) -> list[Json]:
     place = {row: position for position, row in enumerate(rows)}
-    norms = {name: _norms(run, name) for name in run.query_sets}
+    norms = {name: region_norms(run, name).numpy() for name in run.query_sets}
     found = []
     for query in queries:
-        mine = norms[query.query_set]
-        assert mine is not None
-        norm = packed(mine[:, query.position], "float64")
+        norm = packed(norms[query.query_set][:, query.position], "float64")
         found.append({"slice": place[query.slice], "set": query.query_set, "norm": norm})
     return found
 
 
 def _features(run: Run, rows: Sequence[int]) -> Json:
     maxima = run.store.read(MAXIMA)[list(rows)]
-    known = "test" in run.query_sets
-    trends = run.table("feature_trends") if known else None
     return {
         "maxima": packed(maxima, "float32"),
         "mapped": mapped_features(run),
         "mapSize": min(MAP_SIZE, run.config.data.size),
-        "predictive": [[] if trends is None else _predictive(trends, c) for c in range(1, len(run.classes) + 1)],
-        "known": known,
+        "predictive": [sorted(predictive_features(run, class_id)) for class_id in range(1, len(run.classes) + 1)],
+        "known": "test" in run.query_sets,
         "threshold": run.config.features.importance,
     }
-
-
-def _predictive(trends: pd.DataFrame, class_id: int) -> list[int]:
-    mine = trends[(trends["query_class"] == class_id) & (trends["train_class"] == POOLED) & trends["predictive"]]
-    return [int(feature) for feature in mine["feature"]]
 
 
 def _review(run: Run, rows: Sequence[int], parts: pd.DataFrame) -> Json:

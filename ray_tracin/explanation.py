@@ -10,12 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ray_tracin import store as paths
 from ray_tracin.assembly import train_regions
 from ray_tracin.explainers import NONE, above_zero, first_places
 from ray_tracin.explaining import SIDES, global_columns
 from ray_tracin.features import similarity
-from ray_tracin.featuring import MAXIMA, POOLED
+from ray_tracin.featuring import MAXIMA, predictive_features
 from ray_tracin.runs import Run
 from ray_tracin.scores import ClassScores, StripeReader
 from ray_tracin.store import Array, IncompleteRunError
@@ -33,7 +32,8 @@ class RegionExplanation:
     class_name, class_id, slice, overlap, is_global, and ``feature_K`` for every one of ``features``, the similarity of
     the two regions in feature K (eq. 7). Proponents come most influential first; neutral regions nearest to 0 first.
     ``rank`` is that among all train regions, global explainers (``global_explainers`` of them) included, whether or not
-    they are in the lists; a region is not in its own lists, one of low overlap not among the neutral (`neutrality`).
+    they are in the lists; a region is not in its own lists. Among the neutral none is of low overlap (`neutrality`), nor
+    counted in their ranks.
     """
 
     patient: str
@@ -176,20 +176,6 @@ def _context(run: Run, class_id: int) -> tuple[Tensor, tuple[int, ...], tuple[st
     except IncompleteRunError:
         missing.append(f"predictive features are not known yet: `ray-tracin features --run {run.uri}` finds them")
     return is_global, features, tuple(missing)
-
-
-def predictive_features(run: Run, class_id: int) -> tuple[int, ...]:
-    """The predictive features of a class by its pooled ranking, most important at the first proponent first.
-
-    Raises:
-        IncompleteRunError: they are not measured yet.
-    """
-    if "test" not in run.query_sets:
-        return ()
-    table = run.store.read_table(paths.FEATURE_TRENDS)
-    mine = table[(table["query_class"] == class_id) & (table["train_class"] == POOLED) & table["predictive"]]
-    ordered = mine.sort_values("importance_first", ascending=False, kind="stable")
-    return tuple(int(feature) for feature in ordered["feature"])
 
 
 def _first(key: Tensor, left_out: Tensor, k: int) -> tuple[Array, Array]:

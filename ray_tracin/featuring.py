@@ -28,7 +28,7 @@ from ray_tracin.devices import pick_device
 from ray_tracin.explainers import without_zeros
 from ray_tracin.explaining import global_columns
 from ray_tracin.features import classify_trend, importance_sums, is_predictive, region_maxima
-from ray_tracin.mapping import PREDICTED_SLICES, REGION_SLICES
+from ray_tracin.mapping import PREDICTED_SLICES, REGION_SLICES, slice_ranges
 from ray_tracin.runs import FINAL, Run
 from ray_tracin.stages import Result, Stage
 from ray_tracin.store import Array
@@ -50,6 +50,28 @@ def feature_count(run: Run) -> int:
     return int(run.model(FINAL).get_parameter(f"{HEAD}.weight").shape[1])
 
 
+def pooled(run: Run, name: str) -> pd.DataFrame:
+    """What a table of features says of the rankings over all train classes."""
+    table = run.table(name)
+    return table[table["train_class"] == POOLED]
+
+
+def predictive_features(run: Run, class_id: int) -> tuple[int, ...]:
+    """The predictive features of a class by its pooled ranking, most important at the first proponent first.
+
+    None without test queries: then nothing is known of them.
+
+    Raises:
+        IncompleteRunError: they are not measured yet.
+    """
+    if "test" not in run.query_sets:
+        return ()
+    trends = pooled(run, "feature_trends")
+    mine = trends[(trends["query_class"] == class_id) & trends["predictive"]]
+    ordered = mine.sort_values("importance_first", ascending=False, kind="stable")
+    return tuple(int(feature) for feature in ordered["feature"])
+
+
 @dataclass(frozen=True)
 class MapFeatures(Stage[SliceRange]):
     """Take the maximum of every last hidden feature map over every region: ``features.zarr/maxima``."""
@@ -59,7 +81,7 @@ class MapFeatures(Stage[SliceRange]):
 
     def keys(self) -> Sequence[SliceRange]:
         """Ranges of all slices, as their regions were mapped."""
-        return [SliceRange(start, stop) for start, stop in ranges(len(self.run.slices), REGION_SLICES)]
+        return slice_ranges(self.run)
 
     def write_layout(self) -> None:
         """Create the array."""

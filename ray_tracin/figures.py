@@ -12,20 +12,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, SymLogNorm, to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.text import Text
 
+from ray_tracin import store as paths
 from ray_tracin.charts import WIDTH_INCHES, class_colours, draw_feature_impact, draw_proponent_classes, printed
 from ray_tracin.curves import draw_feature_curves
 from ray_tracin.explanation import RegionExplanation
 from ray_tracin.panels import draw_region, mark_sides, shortened
 from ray_tracin.runs import Run
+from ray_tracin.scores import train_cells
 from ray_tracin.stages import Result, Stage
-from ray_tracin.vocabulary import ranges
 
 STRIP_INCHES = 0.14
 """Height of a line of the heat map."""
@@ -168,7 +168,7 @@ def draw_influence_matrix(run: Run) -> Figure:
     Colours are linear around 0 and logarithmic beyond the median, because influence has heavy tails. Values of a
     matrix that is larger than the picture are averaged in blocks, absent regions left out.
     """
-    matrix, (linear, end) = reduced_matrix(run, MATRIX_PIXELS), _scale(run)
+    matrix, (linear, end) = train_cells(run, MATRIX_PIXELS).mean, _scale(run)
     classes, side = len(run.classes), matrix.shape[0]
     figure = Figure(figsize=(6.4, 5.6), layout="constrained", facecolor="white")
     axis = figure.subplots()
@@ -188,29 +188,9 @@ def draw_influence_matrix(run: Run) -> Figure:
     return figure
 
 
-def reduced_matrix(run: Run, pixels: int) -> Float[np.ndarray, "row column"]:
-    """The train-influence matrix averaged over blocks to at most so many rows; NaN where no pair of regions is.
-
-    Read a range of queries at a time. Blocks don't cross class borders.
-    """
-    classes, n = len(run.classes), len(run.train_slices)
-    block = max(1, -(-classes * n // pixels))
-    rows = []
-    for class_id in range(classes):
-        for start, stop in ranges(n, block):
-            part = run.influence("train")[class_id, start:stop, :]
-            columns = np.asarray(part, dtype=np.float64).reshape(stop - start, classes, n)
-            edges = [first for first, _ in ranges(n, block)]
-            there = np.add.reduceat((~np.isnan(columns)).sum(axis=0), edges, axis=1)
-            total = np.add.reduceat(np.nansum(columns, axis=0), edges, axis=1)
-            # 0 / 0 is NaN, which is what a block without a region is.
-            with np.errstate(invalid="ignore"):
-                rows.append((total / there).ravel())
-    return np.stack(rows)
-
-
 def _scale(run: Run) -> tuple[float, float]:
-    sizes = np.abs(np.asarray(run.influence("train")[:, :: max(1, len(run.train_slices) // 200), :]))
+    step = max(1, len(run.train_slices) // 200)
+    sizes = np.abs(run.store.read(f"{paths.INFLUENCE}/train", (slice(None), slice(None, None, step), slice(None))))
     sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
     if not sizes.size:
         return 1.0, 10.0

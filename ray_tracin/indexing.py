@@ -171,7 +171,7 @@ class MeasureSketches(Stage[str]):
             query = torch.from_numpy(run.store.read(sketches_path(self.size, epoch, query_set)))
             exists = torch.from_numpy(region_exists(run, rows, epoch))
             kernels.append(indexed_kernel(run, self.size, epoch, query, exists))
-        return sum_checkpoints(torch.stack(kernels), learning_rates(run))
+        return sum_checkpoints(torch.stack(kernels), run.learning_rates)
 
 
 def indexed_kernel(run: Run, size: int, epoch: int, query: Tensor, exists: Tensor) -> Tensor:
@@ -182,8 +182,3 @@ def indexed_kernel(run: Run, size: int, epoch: int, query: Tensor, exists: Tenso
     train = torch.from_numpy(run.store.read(sketches_path(size, epoch, "train")))
     train_exists = torch.from_numpy(region_exists(run, run.train_slices, epoch))
     return train_columns(without_absent(estimate_kernel(query, train), exists, train_exists))
-
-
-def learning_rates(run: Run) -> Tensor:
-    """The η of eq. 6, of the influence checkpoints."""
-    return torch.tensor(run.store.attributes(paths.INFLUENCE)["learning_rates"], dtype=torch.float64)

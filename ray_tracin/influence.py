@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
-from ray_tracin.arithmetic import Each, arithmetic, multiply, operands, shared_threads
-from ray_tracin.correlation import Chunk, wide
+from ray_tracin.arithmetic import Each, arithmetic, multiply, operands, shared_threads, wide
+from ray_tracin.correlation import Chunk
 from ray_tracin.layers import Layout, Segment, expand_bytes, expansion
 from ray_tracin.vocabulary import Precision, ranges
 

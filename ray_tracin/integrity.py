@@ -18,6 +18,7 @@ from ray_tracin.attribution import Differentiate, region_exists
 from ray_tracin.claims import driving, is_claim
 from ray_tracin.costs import EVENTS_KEY
 from ray_tracin.folders import LISTING
+from ray_tracin.mapping import TabulateRegions
 from ray_tracin.pipeline import all_stages
 from ray_tracin.runs import RECORD, Run, open_run, restore_configuration
 from ray_tracin.soundness import CHECKED, file_problems
@@ -179,7 +180,7 @@ def _patients_inside(run: Run, outputs: Set[str]) -> tuple[str, ...]:
 
 
 def _assembled(evidence: _Evidence) -> bool:
-    return bool(evidence.by_stage[AssembleStripes.name]) and bool(evidence.by_stage["region-table"])
+    return bool(evidence.by_stage[AssembleStripes.name]) and bool(evidence.by_stage[TabulateRegions.name])
 
 
 def _wrong_nans(run: Run) -> Iterator[tuple[str, list[str]]]:

@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from ray_tracin import correlation
+from ray_tracin.arithmetic import wide
 from ray_tracin.correlation import (
     Chunk,
     Geometry,
@@ -33,7 +34,6 @@ from ray_tracin.correlation import (
     correlate_slices,
     nonzero_boxes,
     points_of,
-    wide,
 )
 from ray_tracin.vocabulary import ranges
 

@@ -22,6 +22,11 @@ REGION_SLICES = 32
 """Slices of one chunk of ``regions.zarr``."""
 
 
+def slice_ranges(run: Run) -> list[SliceRange]:
+    """All slices, in the ranges in which networks predict them: whole chunks of what is kept of each."""
+    return [SliceRange(start, stop) for start, stop in ranges(len(run.slices), REGION_SLICES)]
+
+
 @dataclass(frozen=True)
 class MapRegions(Stage[SliceRange]):
     """Predict every slice and keep its regions: ``regions.zarr``.
@@ -36,7 +41,7 @@ class MapRegions(Stage[SliceRange]):
 
     def keys(self) -> Sequence[SliceRange]:
         """Ranges of all slices."""
-        return [SliceRange(start, stop) for start, stop in ranges(len(self.run.slices), REGION_SLICES)]
+        return slice_ranges(self.run)
 
     def write_layout(self) -> None:
         """Create the arrays."""

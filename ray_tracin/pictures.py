@@ -33,14 +33,14 @@ from torch import Tensor, nn
 
 from ray_tracin import store as paths
 from ray_tracin.devices import pick_device
-from ray_tracin.featuring import MAXIMA, POOLED
-from ray_tracin.mapping import PREDICTED_SLICES, REGION_SLICES
+from ray_tracin.featuring import MAXIMA, pooled
+from ray_tracin.mapping import PREDICTED_SLICES, slice_ranges
 from ray_tracin.regions import predicted_labels
 from ray_tracin.runs import FINAL, Run
 from ray_tracin.stages import Result, Stage
 from ray_tracin.store import Array
 from ray_tracin.unet import HEAD, last_hidden_maps
-from ray_tracin.vocabulary import SliceRange, ranges
+from ray_tracin.vocabulary import SliceRange
 
 PARTS = "pictures"
 QUALITY = 85
@@ -63,7 +63,7 @@ class DrawSlices(Stage[SliceRange]):
 
     def keys(self) -> Sequence[SliceRange]:
         """Ranges of all slices, as their regions were mapped."""
-        return [SliceRange(start, stop) for start, stop in ranges(len(self.run.slices), REGION_SLICES)]
+        return slice_ranges(self.run)
 
     def open(self) -> Callable[[SliceRange], Result]:
         """Run the final network over a range of slices, and encode."""
@@ -96,9 +96,7 @@ def mapped_features(run: Run) -> list[int]:
     if "test" not in run.query_sets:
         order = np.argsort(-_largest_maxima(run), kind="stable")
         return [int(feature) for feature in order[:MAPPED_FEATURES]]
-    trends = run.table("feature_trends")
-    pooled = trends[trends["train_class"] == POOLED]
-    best = pooled.groupby("feature")[["predictive", "importance_first"]].max()
+    best = pooled(run, "feature_trends").groupby("feature")[["predictive", "importance_first"]].max()
     ordered = best.sort_values(["predictive", "importance_first"], ascending=False, kind="stable")
     return [int(feature) for feature in ordered.index[:MAPPED_FEATURES]]
 

@@ -31,20 +31,6 @@ from ray_tracin.stages import Event, Executor, Listener, Stage, complete, sound_
 from ray_tracin.tiling import ComputeTiles
 from ray_tracin.vocabulary import checkpoint_name
 
-STEPS = (
-    "prepare",
-    "train",
-    "gradients",
-    "influence",
-    "export",
-    "explainers",
-    "features",
-    "ablation",
-    "figures",
-    "report",
-)
-"""The commands, in order."""
-
 
 @dataclass(frozen=True)
 class Executors:
@@ -257,6 +243,8 @@ _STEPS: dict[str, Callable[[Run, Executors, Listener], None]] = {
     "figures": _figures,
     "report": _report,
 }
+STEPS = tuple(_STEPS)
+"""The commands, in order."""
 
 
 def all_stages(run: Run) -> list[Stage[Any]]:

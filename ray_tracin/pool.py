@@ -34,7 +34,6 @@ from ray_tracin.faults import (
     verdict,
 )
 from ray_tracin.stages import Attempt, Outcome, Report, Stage, StageWorker
-from ray_tracin.store import now
 
 SHORT_SECONDS = 1.0
 """Keys that take less than this are given out before the worker has finished the one before; others needn't be."""
@@ -361,7 +360,7 @@ class Pool:
 
     def _log(self, flight: _Flight, outcome: Outcome, error: str) -> None:
         seconds = time.monotonic() - flight.started
-        self._report(flight.key, Attempt(outcome, error, flight.worker.name, now() - seconds, seconds))
+        self._report(flight.key, Attempt(outcome, error, flight.worker.name, time.time() - seconds, seconds))
 
     # Time
 

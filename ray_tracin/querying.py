@@ -19,7 +19,6 @@ from ray_tracin.assembly import train_regions
 from ray_tracin.attribution import (
     Differentiate,
     differentiator,
-    gradients_path,
     region_exists,
 )
 from ray_tracin.config import DataConfig, SliceSelection
@@ -27,18 +26,10 @@ from ray_tracin.devices import device_here
 from ray_tracin.explainers import NONE, above_zero, first_places, without_zeros
 from ray_tracin.explaining import global_columns
 from ray_tracin.folders import Case, find_cases
-from ray_tracin.indexing import (
-    agreement_path,
-    indexed_kernel,
-    indexed_sizes,
-    learning_rates,
-    sketcher,
-)
+from ray_tracin.indexing import agreement_path, indexed_kernel, indexed_sizes, sketcher
 from ray_tracin.influence import (
     EXPANDED_VALUES,
-    SegmentReader,
     sum_checkpoints,
-    tile_kernel,
     train_columns,
     without_absent,
 )
@@ -52,12 +43,10 @@ from ray_tracin.regions import (
     region_scores,
     whole_slices,
 )
-from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import FINAL, Run
-from ray_tracin.stages import halving
 from ray_tracin.store import IncompleteRunError
-from ray_tracin.tiling import LEAST_EXPANDED_VALUES
-from ray_tracin.vocabulary import Precision, UsageError, checkpoint_name, ranges
+from ray_tracin.tiling import ShardReader, fitting_kernel
+from ray_tracin.vocabulary import UsageError, checkpoint_name, ranges
 from ray_tracin.volumes import choose_slices, cut_slices, load_volume
 
 EXACT = 0
@@ -65,7 +54,7 @@ EXACT = 0
 
 
 @dataclass(frozen=True)
-class Scan:
+class NewScan:
     """The slices of new examinations, with the labels that scores refer to: the truth, or the network's prediction."""
 
     table: pd.DataFrame
@@ -202,7 +191,7 @@ def _refuse_missing_shards(run: Run) -> None:
         )
 
 
-def read_scan(run: Run, source: str | Path, indices: Sequence[int] = ()) -> Scan:
+def read_scan(run: Run, source: str | Path, indices: Sequence[int] = ()) -> NewScan:
     """The slices of new examinations, cut as the run's own, and what the final network predicts on them."""
     update = {"root": str(source), "layout": "auto", "grade": "all", "cohort": "all", "strict": True}
     data = run.config.data.model_copy(update=update)
@@ -220,7 +209,7 @@ def read_scan(run: Run, source: str | Path, indices: Sequence[int] = ()) -> Scan
     unlabelled = torch.from_numpy(~table["labelled"].to_numpy(dtype=bool))
     labels[unlabelled] = predicted_labels(logits)[unlabelled]
     masks = region_masks(logits, run.config.regions.threshold)
-    return Scan(table, image, labels, masks, region_scores(logits, labels, masks))
+    return NewScan(table, image, labels, masks, region_scores(logits, labels, masks))
 
 
 def _cut(run: Run, case: Case, data: DataConfig) -> tuple[pd.DataFrame, Tensor, Tensor]:
@@ -243,7 +232,7 @@ def _logits(run: Run, network: str, images: Tensor) -> Tensor:
     return torch.cat(parts).clone()
 
 
-def scan_influence(run: Run, scan: Scan, size: int) -> Tensor:
+def scan_influence(run: Run, scan: NewScan, size: int) -> Tensor:
     """The influence (class, slice, column) of every train region on every region of a scan (eq. 6)."""
     kernels = []
     for epoch in run.config.influence_epochs():
@@ -258,10 +247,10 @@ def scan_influence(run: Run, scan: Scan, size: int) -> Tensor:
         else:
             sketches = sketcher(run, engine.layout, epoch, size).sketch(rows).cpu()
             kernels.append(indexed_kernel(run, size, epoch, sketches, exists))
-    return sum_checkpoints(torch.stack(kernels), learning_rates(run))
+    return sum_checkpoints(torch.stack(kernels), run.learning_rates)
 
 
-def _masks(run: Run, scan: Scan, epoch: int) -> Tensor:
+def _masks(run: Run, scan: NewScan, epoch: int) -> Tensor:
     if run.config.gradients.score == "image":
         return whole_slices(scan.masks)
     if run.config.regions.source == FINAL:
@@ -272,46 +261,23 @@ def _masks(run: Run, scan: Scan, epoch: int) -> Tensor:
 def _exact_kernel(run: Run, layout: Layout, epoch: int, rows: Tensor, exists: Tensor) -> Tensor:
     size, blocks = EXPANDED_VALUES[rows.device.type], []
     for start, stop in ranges(len(run.train_slices), run.config.influence.tile_slices):
-        train = _shard_reader(run, layout, epoch, start, stop)
-        kernel, size = _block_kernel(layout, partial(_part, rows), train, run.config.gradients.precision, size)
+        train = ShardReader(run, epoch, "train", (start, stop), layout, rows.device)
+        (kernel, _), size = fitting_kernel(layout, partial(_part, rows), train, run.config.gradients.precision, size)
         blocks.append(kernel)
     train_exists = torch.from_numpy(region_exists(run, run.train_slices, epoch))
     return train_columns(without_absent(torch.cat(blocks, dim=3).cpu(), exists, train_exists))
-
-
-def _block_kernel(
-    layout: Layout, query: SegmentReader, train: SegmentReader, precision: Precision, size: int
-) -> tuple[Tensor, int]:
-    """The kernel with a block of the training set, and how many values fitted at a time."""
-    (kernel, _), fitted = halving(
-        lambda values: tile_kernel(layout, query, train, chunk_values=values, precision=precision),
-        size,
-        LEAST_EXPANDED_VALUES,
-    )
-    return kernel, fitted
 
 
 def _part(rows: Tensor, segment: Segment) -> Tensor:
     return rows[:, segment.offset : segment.stop]
 
 
-def _shard_reader(run: Run, layout: Layout, epoch: int, start: int, stop: int) -> SegmentReader:
-    path, device = gradients_path(epoch, "train"), device_here(run)
-    form = RowFormat(layout, run.config.gradients.dtype)
-
-    def read(segment: Segment) -> Tensor:
-        words = RowFormat.from_array(run.store.read(path, (slice(start, stop), form.place(segment))))
-        return form.segment(words.to(device), segment)
-
-    return read
-
-
-def _regions(run: Run, scan: Scan) -> Tensor:
+def _regions(run: Run, scan: NewScan) -> Tensor:
     """Which regions there are to explain, (slice, class): all, where scores are of whole slices."""
     return region_pixels(whole_slices(scan.masks) if run.config.gradients.score == "image" else scan.masks) > 0
 
 
-def _region_table(run: Run, scan: Scan, influence: Tensor) -> pd.DataFrame:
+def _region_table(run: Run, scan: NewScan, influence: Tensor) -> pd.DataFrame:
     pixels, overlap = region_pixels(scan.masks), region_overlap(scan.masks, scan.labels)
     slices, classes = (part.numpy() for part in _regions(run, scan).nonzero(as_tuple=True))
     in_tensor = (~influence.isnan()).any(2).mT
@@ -326,7 +292,7 @@ def _region_table(run: Run, scan: Scan, influence: Tensor) -> pd.DataFrame:
     )
 
 
-def _rankings(run: Run, scan: Scan, influence: Tensor, is_global: Tensor, left_out: Tensor, k: int) -> pd.DataFrame:
+def _rankings(run: Run, scan: NewScan, influence: Tensor, is_global: Tensor, left_out: Tensor, k: int) -> pd.DataFrame:
     train = _train_table(run)
     ranked = torch.stack([without_zeros(queries) for queries in influence])
     frames = []

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Integer, UInt8
 from torch import Tensor
 
-from ray_tracin.correlation import wide
+from ray_tracin.arithmetic import wide
 
 BACKGROUND = 0
 """The label, and the channel of the logits, that is never a class."""

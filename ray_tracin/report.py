@@ -7,6 +7,7 @@ reads a page from disk can't fetch files, so the rows are scripts that hand over
 """
 
 import json
+import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from ray_tracin.dossier import (
 )
 from ray_tracin.runs import Run
 from ray_tracin.stages import Result, Stage
-from ray_tracin.store import IncompleteRunError, Receipt, now
+from ray_tracin.store import IncompleteRunError, Receipt
 
 FOLDER = "report"
 PAGE = f"{FOLDER}/index.html"
@@ -139,7 +140,7 @@ def _files_beside(run: Run, queries: Sequence[Query], rows: Sequence[int]) -> It
 
 
 def _today() -> str:
-    return datetime.fromtimestamp(now(), UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _inline_size(run: Run, queries: Sequence[Query], rows: Sequence[int]) -> float:

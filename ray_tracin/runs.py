@@ -112,6 +112,12 @@ class Run:
         chosen = self.config.influence.query_sets
         return tuple(name for name in QUERY_SETS if name in chosen and self.query_slices(name))
 
+    @cached_property
+    def learning_rates(self) -> torch.Tensor:
+        """The η of eq. 6, float64: of the checkpoints of ``influence_epochs``, in their order."""
+        rates = self.table("checkpoints").set_index("epoch")["learning_rate"]
+        return torch.tensor([float(rates.loc[epoch]) for epoch in self.config.influence_epochs()], dtype=torch.float64)
+
     def _rows(self, splits: Sequence[str]) -> tuple[int, ...]:
         chosen = self.slices.loc[self.slices["split"].isin(splits), "slice"]
         return tuple(sorted(int(row) for row in chosen))

@@ -11,6 +11,7 @@ import signal
 import socket
 import statistics
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ from ray_tracin.stages import (
     require_one_storage,
     sound_receipts,
 )
-from ray_tracin.store import IncompleteRunError, now
+from ray_tracin.store import IncompleteRunError
 from ray_tracin.vocabulary import UsageError
 
 OBJECT_STORE_BYTES = 128 << 20
@@ -220,7 +221,7 @@ def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Report, op
     """One Ray task that does the keys in order and hands each back as it is done; started anew where it stopped."""
     left, strikes = deque(keys), 0
     while left:
-        began = now()
+        began = time.time()
         remote = ray.remote(num_returns="streaming", max_retries=0, **options)(_in_order)
         try:
             references: Any = remote.remote(stage, list(left))
@@ -229,7 +230,7 @@ def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Report, op
                 # An epoch can take long: one that this process can't see is the last.
                 require_one_storage(stage, [left[0]])
                 report(left.popleft())
-                strikes, began = 0, now()
+                strikes, began = 0, time.time()
         except RayError as raised:
             of_work = isinstance(raised, RayTaskError)
             error = cause_of(raised) if isinstance(raised, RayTaskError) else raised
@@ -237,7 +238,7 @@ def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Report, op
             if strikes == TRIES or repeats(error):
                 raise stage_error(stage, {left[0]: error}, len(keys), undone=len(left)) from raised
             outcome: Outcome = "error" if of_work else "lost"
-            report(left[0], Attempt(outcome, reason(error), started=began, seconds=now() - began))
+            report(left[0], Attempt(outcome, reason(error), started=began, seconds=time.time() - began))
             # Of the last one its answer may be all that was lost.
             while left and str(left[0]) in sound_receipts(stage.run, stage.name):
                 report(left.popleft())

@@ -1,6 +1,6 @@
-"""A stripe of the finished tensor as scores of its queries, with what its columns stand for."""
+"""The finished tensor as others read it: a stripe as scores, what its columns stand for, the whole in small."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,8 @@ from ray_tracin import store as paths
 from ray_tracin.assembly import train_regions
 from ray_tracin.explainers import cosine_influence, gradient_norms, without_self, without_zeros
 from ray_tracin.runs import Run
-from ray_tracin.vocabulary import QuerySet, Stripe
+from ray_tracin.store import Array
+from ray_tracin.vocabulary import QuerySet, Stripe, ranges
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,7 @@ class StripeReader:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        rates = run.store.attributes(paths.INFLUENCE)["learning_rates"]
-        self._rates = torch.tensor(rates, dtype=torch.float64)
-        self._norms = {name: self._norms_of(name) for name in run.query_sets}
-
-    def _norms_of(self, query_set: QuerySet) -> Tensor:
-        """The gradient norms of a query set's regions (class, query)."""
-        return gradient_norms(
-            torch.from_numpy(self._run.store.read(f"{paths.INFLUENCE}/norm2_{query_set}")), self._rates
-        )
+        self._norms = {name: region_norms(run, name) for name in run.query_sets}
 
     def read(self, key: Stripe) -> Iterator[ClassScores]:
         """The scores of a stripe, a class at a time."""
@@ -86,7 +79,54 @@ class StripeReader:
         return ClassScores(query_class, influence, cosine, without_zeros(cosine if by_cosine else influence))
 
 
+def region_norms(run: Run, query_set: QuerySet) -> Tensor:
+    """The gradient norms of a query set's regions over the checkpoints, (class, query)."""
+    norm2 = torch.from_numpy(run.store.read(f"{paths.INFLUENCE}/norm2_{query_set}"))
+    return gradient_norms(norm2, run.learning_rates)
+
+
 def patients_of(run: Run, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.object_]:
     """The patient of each row of ``slices.zarr``."""
     patients = run.slices.set_index("slice")["patient"]
     return np.asarray(patients.reindex(rows).to_numpy(), dtype=object)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The train-influence tensor as a matrix of class blocks, in cells of pairs, float64 (row, column)."""
+
+    block: int
+    """Regions of a side of a cell, fewer at the end of a class: cells don't cross its border."""
+    mean: Array
+    """NaN where no pair of regions is, as ``low`` and ``high``."""
+    low: Array
+    high: Array
+    pairs: Array
+    """How many there are."""
+
+
+def train_cells(run: Run, most: int) -> Cells:
+    """The matrix in at most so many rows of cells, about; a row of cells is read at a time."""
+    n, classes = len(run.train_slices), len(run.classes)
+    block = max(1, -(-classes * n // most))
+    starts = [first for first, _ in ranges(n, block)]
+    rows = []
+    for position in range(classes):
+        for start, stop in ranges(n, block):
+            selection = (slice(position, position + 1), slice(start, stop), slice(0, classes * n))
+            part = run.store.read(f"{paths.INFLUENCE}/train", selection)[0].astype(np.float64)
+            rows.append(_row_of_cells(part.reshape(stop - start, classes, n), starts))
+    return Cells(block, *(np.stack(parts) for parts in zip(*rows, strict=True)))
+
+
+def _row_of_cells(part: Array, starts: Sequence[int]) -> tuple[Array, Array, Array, Array]:
+    """Mean, smallest, largest and number of the influences (query, train_class, train) of each cell."""
+
+    def reduced(operation: np.ufunc, values: Array) -> Array:
+        cells: Array = operation.reduceat(operation.reduce(values, axis=0), starts, axis=1)
+        return cells.ravel()
+
+    pairs = reduced(np.add, (~np.isnan(part)).astype(np.int64))
+    total = reduced(np.add, np.where(np.isnan(part), 0, part))
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, which is what a cell without a pair is.
+        return total / pairs, reduced(np.fmin, part), reduced(np.fmax, part), pairs

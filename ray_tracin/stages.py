@@ -24,7 +24,7 @@ from ray_tracin.arithmetic import arithmetic
 from ray_tracin.devices import device_name, keep_to_share
 from ray_tracin.runs import Run
 from ray_tracin.soundness import file_problems, new_file_problems
-from ray_tracin.store import Receipt, now
+from ray_tracin.store import Receipt
 
 Key = TypeVar("Key")
 T = TypeVar("T")
@@ -129,7 +129,7 @@ class StageWorker(Generic[Key]):
         """Do the key and declare it done. An error carries the stage and the key as a note."""
         store = self._stage.run.store
         store.take_written()
-        started = now()
+        started = time.time()
         try:
             # Networks predict in the arithmetic that regions are differentiated in, where nothing else is asked for.
             with arithmetic():
@@ -145,7 +145,7 @@ class StageWorker(Generic[Key]):
             result=result,
             worker=self.name,
             started=started,
-            seconds=now() - started,
+            seconds=time.time() - started,
             peak_memory=peak_memory(),
         )
         store.write_receipt(receipt)
@@ -295,4 +295,4 @@ def _ensure_layout(stage: Stage[Any]) -> None:
     stage.write_layout()
     files = store.take_written()
     if files:
-        store.write_receipt(Receipt(LAYOUT, stage.name, stage.run.fingerprint, files=files, started=now()))
+        store.write_receipt(Receipt(LAYOUT, stage.name, stage.run.fingerprint, files=files, started=time.time()))

@@ -11,7 +11,6 @@ This module knows nothing of networks, regions or Ray. Read `objects` (bytes) be
 """
 
 import json
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
@@ -220,9 +219,9 @@ class RunStore:
         Raises:
             IncompleteRunError: there is no such group yet.
         """
-        container, inner = _container(path)
+        store, inner = self._hierarchy(path)
         try:
-            return zarr.open_group(self._zarr_store(container), path=inner, mode="r", zarr_format=3).attrs.asdict()
+            return zarr.open_group(store, path=inner, mode="r", zarr_format=3).attrs.asdict()
         except (FileNotFoundError, KeyError):
             raise self._missing(path) from None
 
@@ -232,9 +231,9 @@ class RunStore:
         Raises:
             IncompleteRunError: there is no such array yet.
         """
-        container, inner = _container(path)
+        store, inner = self._hierarchy(path)
         try:
-            return zarr.open_array(self._zarr_store(container), path=inner, mode="r", zarr_format=3)
+            return zarr.open_array(store, path=inner, mode="r", zarr_format=3)
         except (FileNotFoundError, KeyError):
             raise self._missing(path) from None
 
@@ -245,9 +244,9 @@ class RunStore:
             IncompleteRunError: there is no such array yet.
         """
         if path not in self._arrays:
-            container, inner = _container(path)
+            store, inner = self._hierarchy(path)
             try:
-                opened = zarr.open_array(self._zarr_store(container), path=inner, mode="r+", zarr_format=3)
+                opened = zarr.open_array(store, path=inner, mode="r+", zarr_format=3)
             except (FileNotFoundError, KeyError):
                 raise self._missing(path) from None
             # write_empty_chunks is no part of the stored metadata: it must be set again at every opening.
@@ -338,6 +337,13 @@ class RunStore:
         hint = f"`ray-tracin status --run {self.uri}` says what is missing"
         return IncompleteRunError(f"{self.uri}/{path} does not exist yet: {hint}")
 
+    def _hierarchy(self, path: str) -> tuple[Store, str]:
+        """The Zarr store of a path that is there, and the path in it: to open one that isn't would make its folder."""
+        container, inner = _container(path)
+        if self.objects.is_local and not Path(self.uri, container).is_dir():
+            raise self._missing(path)
+        return self._zarr_store(container), inner
+
     def _zarr_store(self, container: str) -> Store:
         return _RecordingStore(ObjectStore(self.objects.below(container).connection), container, self._written)
 
@@ -377,11 +383,6 @@ def _attributes_of(metadata: bytes) -> Any:
         return json.loads(metadata).get("attributes")
     except (ValueError, AttributeError):
         return None
-
-
-def now() -> float:
-    """Seconds since the epoch, for receipts."""
-    return time.time()
 
 
 def _container(path: str) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import Run
 from ray_tracin.stages import Result, Stage, halving
 from ray_tracin.store import Array
-from ray_tracin.vocabulary import GradientShard, QuerySet, Tile, checkpoint_name, ranges
+from ray_tracin.vocabulary import GradientShard, Precision, QuerySet, Tile, checkpoint_name, ranges
 
 READ_WORDS = 1 << 17
 """Words of a slice that a tile worker reads at a time, if a layer doesn't have more."""
@@ -109,11 +109,7 @@ class _TileWork:
         train: Block = (key.epoch, "train", key.train_block)
         layout, left, right = self._rows.sides(query, train)
         precision = self._run.config.gradients.precision
-        (kernel, norm2), self._values = halving(
-            lambda values: tile_kernel(layout, left, right, chunk_values=values, precision=precision),
-            self._values,
-            LEAST_EXPANDED_VALUES,
-        )
+        (kernel, norm2), self._values = fitting_kernel(layout, left, right, precision, self._values)
         store, side = self._run.store, self._run.config.influence.tile_slices
         path, block = tiles_path(key.epoch, key.query_set), slice(key.query_block, key.query_block + 1)
         other = slice(key.train_block, key.train_block + 1)
@@ -123,6 +119,17 @@ class _TileWork:
             norms = _padded(norm2.cpu().numpy(), side, axes=(1,))[None]
             store.write(f"{path}_norm2", (block, *(slice(0, length) for length in norms.shape[1:])), norms)
         return {}
+
+
+def fitting_kernel(
+    layout: Layout, query: SegmentReader, train: SegmentReader | None, precision: Precision, values: int
+) -> tuple[tuple[Tensor, Tensor], int]:
+    """What `tile_kernel` returns, and how many values could be expanded at a time: as many, or what memory allows."""
+    return halving(
+        lambda fewer: tile_kernel(layout, query, train, chunk_values=fewer, precision=precision),
+        values,
+        LEAST_EXPANDED_VALUES,
+    )
 
 
 class _StoredRows:
@@ -139,7 +146,7 @@ class _StoredRows:
 
     def _reader(self, block: Block, layout: Layout) -> SegmentReader:
         epoch, query_set, number = block
-        return _SegmentReader(self._run, epoch, query_set, blocks(self._run, query_set)[number], layout, self.device)
+        return ShardReader(self._run, epoch, query_set, blocks(self._run, query_set)[number], layout, self.device)
 
 
 class _MadeRows:
@@ -185,8 +192,11 @@ def stored_layout(run: Run, epoch: int) -> Layout:
     return Layout.from_json(run.store.attributes(f"{paths.GRADIENTS}/{checkpoint_name(epoch)}")["layout"])
 
 
-class _SegmentReader:
-    """Reads the values of a layer after another, many layers at a time: a chunk on disk holds several small ones."""
+class ShardReader:
+    """A `SegmentReader` of stored rows.
+
+    Reads the values of a layer after another, many layers at a time: a chunk on disk holds several small ones.
+    """
 
     def __init__(
         self, run: Run, epoch: int, query_set: QuerySet, rows: tuple[int, int], layout: Layout, device: torch.device
@@ -197,6 +207,7 @@ class _SegmentReader:
         self._start, self._held = 0, torch.empty((rows[1] - rows[0], 0))
 
     def __call__(self, segment: Segment) -> Tensor:
+        """The values of a layer, in the precision that they are kept in or in float32."""
         place = self._form.place(segment)
         if not (self._start <= place.start and place.stop <= self._start + self._held.shape[1]):
             stop = min(max(place.stop, place.start + READ_WORDS), self._form.words)

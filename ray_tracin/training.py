@@ -119,7 +119,7 @@ class EpochRecord:
     optimizer: OptimizerName
     learning_rate: float
     loss: float
-    """Mean over the augmented slices as they were trained on; with several processes, over this one's part."""
+    """Mean over the augmented slices as they were trained on, of all processes."""
     dice: Mapping[Literal["train", "validation"], DiceTable]
     """In eval mode after the epoch, on clean slices."""
 

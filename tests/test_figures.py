@@ -9,10 +9,10 @@ from ray_tracin.figures import (
     PRINT_DPI,
     draw_influence_matrix,
     draw_modalities,
-    reduced_matrix,
     render,
 )
 from ray_tracin.runs import Run
+from ray_tracin.scores import train_cells
 
 
 def whole_matrix(run: Run) -> np.ndarray:
@@ -21,7 +21,7 @@ def whole_matrix(run: Run) -> np.ndarray:
 
 
 def test_a_small_matrix_is_drawn_value_by_value(tiny_run: Run) -> None:
-    np.testing.assert_array_equal(reduced_matrix(tiny_run, 1800), whole_matrix(tiny_run))
+    np.testing.assert_array_equal(train_cells(tiny_run, 1800).mean, whole_matrix(tiny_run))
 
 
 @pytest.mark.parametrize(("pixels", "block"), [(30, 2), (20, 3), (10, 6), (3, 20)])
@@ -35,7 +35,7 @@ def test_a_large_matrix_is_averaged_in_blocks_that_keep_to_their_class(tiny_run:
         for i, (top, bottom) in enumerate(zip(starts, stops, strict=True)):
             for j, (left, right) in enumerate(zip(starts, stops, strict=True)):
                 expected[i, j] = np.nanmean(matrix[top:bottom, left:right])
-    np.testing.assert_allclose(reduced_matrix(tiny_run, pixels), expected)
+    np.testing.assert_allclose(train_cells(tiny_run, pixels).mean, expected)
 
 
 def test_names_may_hold_dollars_and_scales_keep_their_powers() -> None:

@@ -98,8 +98,8 @@ def test_nifti_2_scaling_and_trailing_axes_are_read(tmp_path: Path) -> None:
         ),
     ],
     ids=[
-        "empty", "html", "zeros", "cut nifti", "cut gzip", "false gzip", "zipped text", "huge", "far", "4d", "2d", "nan",
-        "flat",
+        "empty", "html", "zeros", "cut nifti", "cut gzip", "false gzip", "zipped text", "huge", "far", "4d", "2d",
+        "nan", "flat",
     ],
 )  # fmt: skip
 def test_broken_files_are_one_line(tmp_path: Path, content: bytes, expected: str) -> None:

@@ -99,7 +99,7 @@ function proponentClasses(model) {
 
 function randomSets(model) {
   const note = "Mean loss of Dice where a set of features is masked: the predictive ones, all others, and random sets of the same size.";
-  if (!model.sets.length) return panel("Does masking predictive features hurt more?", note, message("No feature is predictive in this run, or no test query has ground truth: there is nothing to compare."));
+  if (!model.sets.length) return panel("Does masking predictive features hurt more?", note, message("No feature is predictive in this run, or no validation slice has ground truth: there is nothing to compare."));
   const longest = Math.max(...classIds().map((c) => className(c).length));
   const box = { ...CHART, left: Math.min(CHART.width / 2, 20 + 6.5 * Math.max(9, longest)), height: 60 + 46 * CLASSES };
   const values = model.sets.map((line) => line.impact).filter((value) => value !== null);
