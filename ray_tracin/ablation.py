@@ -135,7 +135,7 @@ def _feature_rows(sums: np.ndarray, slices: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "feature": np.repeat(np.arange(features, dtype=np.int16), classes),
-            "class": np.tile(np.arange(1, classes + 1, dtype=np.int8), features),
+            "class": np.tile(np.arange(1, classes + 1, dtype=np.int32), features),
             "impact": _means(sums, slices).ravel(),
             "slices": np.tile(slices, features).astype(np.int32),
         }
@@ -143,7 +143,7 @@ def _feature_rows(sums: np.ndarray, slices: np.ndarray) -> pd.DataFrame:
 
 
 def _set_rows(sets: Mapping[SetName, tuple[int, ...]], totals: np.ndarray, slices: np.ndarray) -> pd.DataFrame:
-    classes = np.asarray([class_id for class_id, _ in sets], dtype=np.int8)
+    classes = np.asarray([class_id for class_id, _ in sets], dtype=np.int32)
     counts = slices[classes - 1]
     return pd.DataFrame(
         {

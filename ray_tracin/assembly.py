@@ -160,10 +160,10 @@ class ExportInfluence(Stage[Stripe]):
         return {"rows": rows}
 
 
-def train_regions(run: Run) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int8]]:
+def train_regions(run: Run) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Slice and class of every train column of the tensor."""
     slices = np.asarray(run.train_slices, dtype=np.int32)
-    classes = np.arange(1, len(run.classes) + 1, dtype=np.int8)
+    classes = np.arange(1, len(run.classes) + 1, dtype=np.int32)
     return np.tile(slices, len(classes)), np.repeat(classes, len(slices))
 
 

@@ -80,7 +80,7 @@ class CountLists(Stage[Stripe]):
         }
         return pd.DataFrame(
             {
-                "query_class": np.int8(scores.query_class),
+                "query_class": np.int32(scores.query_class),
                 "train_class": regions.classes,
                 "train_slice": regions.slices,
                 **counts,
@@ -286,7 +286,7 @@ class _Ranker:
         return {
             "query_set": key.query_set,
             "query_slice": rows[query.numpy()],
-            "query_class": np.int8(scores.query_class),
+            "query_class": np.int32(scores.query_class),
             "query_patient": patients_of(self._run, rows)[query.numpy()],
             "query_labelled": self._labelled.reindex(rows).to_numpy(dtype=bool)[query.numpy()],
         }
@@ -339,7 +339,7 @@ class TabulateRankings(Stage[str]):
         return pd.concat([self.run.store.read_table(_part(name, key)) for key in keys], ignore_index=True)
 
     def _class_shares(self) -> pd.DataFrame:
-        ranking, classes = RankQueries(self.run), np.arange(1, len(self.run.classes) + 1, dtype=np.int8)
+        ranking, classes = RankQueries(self.run), np.arange(1, len(self.run.classes) + 1, dtype=np.int32)
         frames = []
         for query_set in self.run.query_sets:
             mine = [key.query_set == query_set for key in ranking.keys()]  # noqa: SIM118

@@ -32,8 +32,8 @@ class RegionExplanation:
     class_name, class_id, slice, overlap, is_global, and ``feature_K`` for every one of ``features``, the similarity of
     the two regions in feature K (eq. 7). Proponents come most influential first; neutral regions nearest to 0 first.
     ``rank`` is that among all train regions, global explainers (``global_explainers`` of them) included, whether or not
-    they are in the lists; a region is not in its own lists. Among the neutral none is of low overlap (`neutrality`), nor
-    counted in their ranks.
+    they are in the lists; a region is not in its own lists. Of low overlap none is among the neutral, nor counted in
+    their ranks (`neutrality`).
     """
 
     patient: str

@@ -255,8 +255,8 @@ def _curve_rows(
     feature, place = np.nonzero(counts)
     return {
         "feature": (feature + first_feature).astype(np.int16),
-        "query_class": np.full(len(feature), query_class, dtype=np.int8),
-        "train_class": np.full(len(feature), train_class, dtype=np.int8),
+        "query_class": np.full(len(feature), query_class, dtype=np.int32),
+        "train_class": np.full(len(feature), train_class, dtype=np.int32),
         "rank": (place + 1).astype(np.int32),
         "importance": importance[feature, place],
         "queries": counts[feature, place].astype(np.int32),
@@ -280,8 +280,8 @@ def _trend_rows(
     return pd.DataFrame(
         {
             "feature": np.arange(first_feature, first_feature + len(trends), dtype=np.int16),
-            "query_class": np.int8(query_class),
-            "train_class": np.int8(train_class),
+            "query_class": np.int32(query_class),
+            "train_class": np.int32(train_class),
             "trend": [trend.kind for trend in trends],
             "slope": [trend.slope for trend in trends],
             "curvature": [trend.curvature for trend in trends],

@@ -184,7 +184,7 @@ def draw_influence_matrix(run: Run) -> Figure:
         axis.axvline(border * side / classes - 0.5, color="black", linewidth=0.6)
     axis.set_xlabel(f"train region (class, slice; {len(run.train_slices)} slices)\nwhite: no such region")
     axis.set_ylabel("query region (class, slice)")
-    figure.colorbar(drawn, ax=axis, label="raw influence (eq. 6)", shrink=0.85)
+    figure.colorbar(drawn, ax=axis, label="raw influence (eq. 6)", shrink=0.85, extend="both")
     return figure
 
 

@@ -283,7 +283,7 @@ def _region_table(run: Run, scan: NewScan, influence: Tensor) -> pd.DataFrame:
     in_tensor = (~influence.isnan()).any(2).mT
     own = scan.table.iloc[slices].reset_index(drop=True)
     return own.assign(
-        class_id=(classes + 1).astype(np.int8),
+        class_id=(classes + 1).astype(np.int32),
         class_name=[run.classes[position] for position in classes],
         pixels=pixels.numpy()[slices, classes],
         overlap=overlap.numpy()[slices, classes],
@@ -305,7 +305,7 @@ def _rankings(run: Run, scan: NewScan, influence: Tensor, is_global: Tensor, lef
             frame = train.iloc[columns.tolist()].assign(
                 case=scan.table["case"].iloc[position],
                 index=scan.table["index"].iloc[position],
-                class_id=np.int8(class_id),
+                class_id=np.int32(class_id),
                 class_name=run.classes[class_id - 1],
                 side=side,
                 rank=(ranks + 1).numpy(),

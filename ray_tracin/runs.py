@@ -208,7 +208,7 @@ class Run:
 
     def _part(self, path: str) -> pd.DataFrame:
         where = dict(part.split("=") for part in path.split("/") if "=" in part)
-        query_class = np.int8(where["query_class"])
+        query_class = np.int32(where["query_class"])
         return self.store.read_table(path).assign(query_set=where["query_set"], query_class=query_class)
 
     def _tables(self) -> list[str]:

@@ -37,7 +37,7 @@ class TrainRegions:
     """What is behind the columns of the tensor: slice, class and patient of every train region."""
 
     slices: npt.NDArray[np.int32]
-    classes: npt.NDArray[np.int8]
+    classes: npt.NDArray[np.int32]
     patients: npt.NDArray[np.object_]
     names: npt.NDArray[np.object_]
     """The patients, sorted, once each."""

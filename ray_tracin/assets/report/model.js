@@ -30,8 +30,8 @@ function diceOverEpochs(epochs) {
     legend(DATA.classes.map(({ name, colour }) => [colour, name])), read);
 }
 
-// PuOr: purple against, orange for, nearly white for 0; grey where no pair of regions is.
-const ABSENT = [136, 136, 136, 255];
+// PuOr: purple against, orange for, nearly white for 0; nothing, as in figure 4, where no pair of regions is.
+const ABSENT = [0, 0, 0, 0];
 const DIVERGING = ["#2d004b", "#8073ac", "#f7f7f7", "#e08214", "#7f3b08"].map(rgb);
 
 function diverging(value) {
@@ -67,7 +67,7 @@ function influenceMatrix(matrix) {
   });
   const names = classIds().map((c) => h("span", {}, className(c)));
   return panel("Influence of train regions on one another",
-    `Rows: explained; columns: explaining. Orange: for, purple: against, grey: no such region. ${matrix.block > 1 ? `A cell is a block of ${matrix.block} × ${matrix.block} slices.` : "A cell is a pair of regions."}`,
+    `Rows: explained; columns: explaining. Orange: for, purple: against, empty: no such region. ${matrix.block > 1 ? `A cell is a block of ${matrix.block} × ${matrix.block} slices.` : "A cell is a pair of regions."}`,
     h("div.matrix-frame", {}, h("div.columns", {}, names), h("div.rows", {}, names.map((n) => n.cloneNode(true))), canvas), read);
 }
 
@@ -98,7 +98,7 @@ function proponentClasses(model) {
 }
 
 function randomSets(model) {
-  const note = "Mean loss of Dice where a set of features is masked: the predictive ones, all others, and random sets of the same size.";
+  const note = "Mean loss of Dice where a set of features is masked together: the predictive ones, all others, and random sets as large as the predictive, which may be among them. What this run finds, above, is of features that are masked alone.";
   if (!model.sets.length) return panel("Does masking predictive features hurt more?", note, message("No feature is predictive in this run, or no validation slice has ground truth: there is nothing to compare."));
   const longest = Math.max(...classIds().map((c) => className(c).length));
   const box = { ...CHART, left: Math.min(CHART.width / 2, 20 + 6.5 * Math.max(9, longest)), height: 60 + 46 * CLASSES };
@@ -110,10 +110,15 @@ function randomSets(model) {
     const dot = (line, attributes) => svg("circle", { cx: x(line.impact), cy: y, ...attributes },
       svg("title", {}, `${line.set}, ${line.size} features: ${fixed(line.impact, 4)}`));
     const find = (name) => mine.filter((line) => line.set === name);
-    return svg("g", {}, svg("text", { x: box.left - 10, y: y + 4, "text-anchor": "end" }, className(classId)),
+    const [predictive, others] = ["predictive", "others"].map(find);
+    const sizes = predictive.length ? `${predictive[0].size} of ${predictive[0].size + (others[0]?.size ?? 0)}` : "";
+    // Sets of few features are often equal: those beside one another are spread, so that each is seen.
+    const spread = (number) => y + 2.2 * ((number * 4) % 9 - 4);
+    return svg("g", {}, svg("text", { x: box.left - 10, y: y + 1, "text-anchor": "end" }, className(classId)),
+      svg("text", { x: box.left - 10, y: y + 15, "text-anchor": "end", class: "label" }, sizes),
       svg("line", { x1: box.left, x2: box.width - 20, y1: y, y2: y, class: "grid" }),
-      mine.length ? [mine.filter((line) => line.set.startsWith("random")).map((line) => dot(line, { r: 4, class: "random" })),
-        find("others").map((line) => dot(line, { r: 5, class: "others" })), find("predictive").map((line) => dot(line, { r: 6, class: "predictive" }))]
+      mine.length ? [others.map((line) => dot(line, { r: 5, class: "others" })), predictive.map((line) => dot(line, { r: 6, class: "predictive" })),
+        mine.filter((line) => line.set.startsWith("random")).map((line, number) => dot(line, { r: 3, cy: spread(number), class: "random" }))]
         : svg("text", { x: box.left + 8, y: y - 6, class: "label" }, "no predictive feature"));
   });
   const ticks = niceTicks(Math.min(0, ...values), Math.max(0.01, ...values));
