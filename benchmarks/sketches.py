@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ray_tracin.agreement import measure_agreement
 from ray_tracin.attribution import differentiator, needed_sets, region_exists
-from ray_tracin.indexing import learning_rates, sketcher
+from ray_tracin.indexing import sketcher
 from ray_tracin.influence import sum_checkpoints, train_columns, without_absent
 from ray_tracin.runs import Run, open_run
 from ray_tracin.sketches import Sketcher, estimate_kernel
@@ -80,7 +80,7 @@ def compare(run: Run, sizes: Sequence[int]) -> str:
     if run.config.regions.source != "final" or run.config.gradients.score != "region":
         raise ValueError("this benchmark reads the regions of the final network: use a run with the default settings")
     indexes, spent = build(run, sizes)
-    rates, epochs = learning_rates(run), len(run.config.influence_epochs())
+    rates, epochs = run.learning_rates, len(run.config.influence_epochs())
     regions = len(run.classes) * len(run.train_slices)
     lines = [
         f"{len(run.train_slices)} train slices × {len(run.classes)} classes, {epochs} checkpoints, UNet of width "

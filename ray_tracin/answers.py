@@ -8,15 +8,17 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from ray_tracin.charts import findings
 from ray_tracin.explanation import RegionExplanation
+from ray_tracin.figures import DrawFigures
 from ray_tracin.pipeline import StageStatus
 from ray_tracin.querying import ScanExplanation
+from ray_tracin.report import PAGE, RenderReport
+from ray_tracin.runs import Run
 from ray_tracin.store import RunStore
 
 SHOWN = 3
 """Proponents and opponents of a region that its lines name."""
-
-
 SHOWN_FEATURES = 3
 """Predictive features that a line of an explanation names."""
 TITLES = {"proponent": "Proponents", "neutral": "Neutral regions", "opponent": "Opponents"}
@@ -71,11 +73,48 @@ def agreement_table(agreement: pd.DataFrame, classes: Sequence[str]) -> Table:
     return table
 
 
+def result_lines(run: Run, seconds: float) -> Iterator[str]:
+    """Where the result is, and the few numbers that say whether it is worth a look."""
+    yield f"done in {seconds:.0f} s: {run.uri}"
+    skipped = len(run.table("skipped"))
+    if skipped:
+        yield f"{skipped} cases were skipped; why is in {run.uri}/skipped.parquet"
+    doubtful = run.slices.loc[run.slices["warnings"] != "", "case"].nunique()
+    if doubtful:
+        yield f"{doubtful} cases were read with warnings; column `warnings` of slices.parquet"
+    train = run.slices[run.slices["split"] == "train"]
+    for class_id, name in enumerate(run.classes, start=1):
+        if not train[f"pixels_{class_id}"].any():
+            yield f"{name}: no pixel of any training slice is of this class, so it can't be learned"
+    try:
+        last = run.table("checkpoints").iloc[-1]
+    except (ValueError, IndexError):
+        return
+    dice = ", ".join(f"{name} {last[f'dice_validation_{c}']:.2f}" for c, name in enumerate(run.classes, start=1))
+    yield f"validation Dice after epoch {int(last['epoch'])}: {dice}"
+    if run.store.read_receipt(DrawFigures.name, "figure_5") is not None:
+        yield from findings(run)
+    if run.store.read_receipt(RenderReport.name, "index") is not None:
+        yield f"the report, for a browser: {run.uri}/{PAGE}"
+
+
+def region_lines(found: RegionExplanation, *, keep_global: bool) -> Iterator[str]:
+    """What is explained, and what a reader must know before believing the tables."""
+    truth = f"overlap {found.overlap:.2f}, region Dice {found.dice:.2f}" if found.labelled else "no ground truth"
+    where = f"{found.patient}, slice {found.index}, {found.class_name}"
+    yield f"{where}: {found.pixels} pixels, {truth} ({found.query_set} set)"
+    yield from (f"warning: {warning}" for warning in found.warnings)
+    if found.global_explainers and not keep_global:
+        yield f"{found.global_explainers} global explainers of this class are left out (--keep-global)"
+
+
 def scan_lines(found: ScanExplanation) -> Iterator[str]:
-    """A few lines a region, with its first proponents and opponents."""
+    """Notes, and a few lines a region, with its first proponents and opponents."""
+    yield from (f"note: {note}" for note in found.notes)
     for line in found.regions.to_dict("records"):
         what = f"{line['case']}, slice {line['index']}, {line['class_name']}"
-        yield f"{what}: {line['pixels']} pixels, region Dice {line['dice']:.2f}"
+        truth = f"region Dice {line['dice']:.2f}" if line["labelled"] else "no ground truth"
+        yield f"{what}: {line['pixels']} pixels, {truth}"
         region = ["case", "index", "class_id"]
         mine = (found.ranking[region] == [line[name] for name in region]).all(axis=1)
         for side, ranking in found.ranking[mine].groupby("side", sort=False):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -35,7 +36,7 @@ class AssembleStripes(Stage[Stripe]):
         epochs, classes, train = run.config.influence_epochs(), len(run.classes), len(run.train_slices)
         about = {
             "epochs": list(epochs),
-            "learning_rates": run.learning_rates.tolist(),
+            "learning_rates": self._learning_rates,
             "train_slices": list(run.train_slices),
             "classes": list(run.classes),
             **run.config.differentiated(),
@@ -65,6 +66,11 @@ class AssembleStripes(Stage[Stripe]):
                     dimensions=dimensions,
                     attributes=own,
                 )
+
+    @cached_property
+    def _learning_rates(self) -> list[float]:
+        table = self.run.table("checkpoints").set_index("epoch")["learning_rate"]
+        return [float(table.loc[epoch]) for epoch in self.run.config.influence_epochs()]
 
     def open(self) -> Callable[[Stripe], Result]:
         """Read the tiles of a stripe and write its part of every array."""

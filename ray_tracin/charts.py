@@ -98,7 +98,8 @@ def _crowded(run: Run) -> list[str]:
         return []
     return [
         f"a list of {length} holds {min(1, length / regions):.0%} of the {regions} train regions: chance alone makes "
-        f"global explainers (more than {limit:.0%}), which rankings leave out; lower explainers.list_length"
+        f"global explainers (more than {limit:.0%}), which rankings leave out: --keep-global shows them, a new "
+        "run may have a smaller explainers.list_length"
     ]
 
 

@@ -163,6 +163,16 @@ def driving(objects: Objects) -> Iterator[Claim]:
         claim.release()
 
 
+def current_driver(objects: Objects) -> str | None:
+    """Who computes the run below the URI; None where nobody does. Nothing is written: the clock is this machine's."""
+    held = _newest(objects)
+    if held is None or (held.holder is not None and held.holder.exists() is False):
+        return None
+    silent = (datetime.now(UTC) - held.beat).total_seconds()
+    late = f", silent for {silent:.0f} s" if silent > STALE_SECONDS else ""
+    return f"{held.holder or 'another driver'}{late}"
+
+
 def is_claim(path: str) -> bool:
     """Whether the file is one of those that this module writes."""
     return _NUMBERED.fullmatch(path) is not None

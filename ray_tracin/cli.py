@@ -7,8 +7,9 @@ and what to do; ``--debug`` shows the traceback.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,13 +17,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ray_tracin.answers import agreement_table, ranking_table, scan_lines, status_table, write_ranking
+from ray_tracin.answers import (
+    agreement_table,
+    ranking_table,
+    region_lines,
+    result_lines,
+    scan_lines,
+    status_table,
+    write_ranking,
+)
 from ray_tracin.capacity import on_one_device
-from ray_tracin.charts import findings
-from ray_tracin.claims import ClaimHeldError
+from ray_tracin.claims import ClaimHeldError, current_driver
 from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explanation import explain_region
-from ray_tracin.figures import DrawFigures, draw_explanation
+from ray_tracin.figures import draw_explanation
 from ray_tracin.integrity import FOREIGN, refuse_no_run, repair, verify
 from ray_tracin.labelmaps import export_label_maps
 from ray_tracin.phantom import Edition
@@ -30,7 +38,7 @@ from ray_tracin.pipeline import STEPS, Executors, index_sketches, is_prepared, r
 from ray_tracin.planning import measure, plan_run
 from ray_tracin.progress import progress
 from ray_tracin.querying import EXACT, explain_scan
-from ray_tracin.report import PAGE, RenderReport, discard_other_report, refuse_wrong_queries
+from ray_tracin.report import RenderReport, discard_other_report, refuse_wrong_queries
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor, cluster, write_phantoms
 from ray_tracin.stages import Listener, Report, Stage
@@ -40,8 +48,8 @@ DEMO_PATIENTS = 28
 LOG_WIDTH = 160
 
 app = typer.Typer(
-    help="Explain a segmentation network by its training data.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -57,6 +65,16 @@ AddressOption = Annotated[
     str | None, typer.Option("--address", help="Ray cluster; embedded without it or RAY_ADDRESS.")
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+
+
+@app.callback()
+def versioned(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Explain a segmentation network by its training data."""
+    if version:
+        out.print(metadata.version("ray_tracin"))
+        raise typer.Exit
 
 
 @contextmanager
@@ -117,7 +135,7 @@ def demo(
             if not is_prepared(opened):
                 write_phantoms(Path(str(opened.config.data.root)), DEMO_PATIENTS, listen)
             _complete(opened, STEPS[-1], listen, kind)
-        _print_result(opened, time.monotonic() - started)
+        _print_lines(result_lines(opened, time.monotonic() - started))
 
 
 def _demo_patients(run: str) -> Path:
@@ -171,7 +189,7 @@ def step_command(step: str, before: Callable[[Run], None] | None = None) -> Call
                 if before is not None:
                     before(opened)
                 _complete(opened, step, listen, kind)
-            _print_result(opened, time.monotonic() - started)
+            _print_lines(result_lines(opened, time.monotonic() - started))
 
     return command
 
@@ -257,6 +275,8 @@ def status_command(run: RunOption, debug: DebugOption = False) -> None:
         with _configuring(debug):
             opened = open_run(run)
         out.print(status_table(status(opened)))
+        driver = current_driver(opened.store.objects)
+        out.print(f"being computed by {driver}" if driver else "nobody computes it now", markup=False)
 
 
 @app.command("verify")
@@ -311,15 +331,7 @@ def explain(
             opened = open_run(run)
             _refuse_other_files(picture, ".png")
         found = explain_region(opened, patient, index, class_name, top, keep_global=keep_global)
-        out.print(
-            f"{found.patient}, slice {found.index}, {found.class_name}: {found.pixels} pixels, "
-            f"overlap {found.overlap:.2f}, region Dice {found.dice:.2f} ({found.query_set} set)",
-            markup=False,
-        )
-        for warning in found.warnings:
-            out.print(f"warning: {warning}", markup=False)
-        if found.global_explainers and not keep_global:
-            out.print(f"{found.global_explainers} global explainers of this class are left out (--keep-global)")
+        _print_lines(region_lines(found, keep_global=keep_global))
         for name in found.rankings:
             out.print(ranking_table(found, name))
         if picture is not None:
@@ -388,10 +400,7 @@ def query(  # noqa: PLR0913, PLR0917
         started = time.monotonic()
         wanted = EXACT if exact else size
         found = explain_scan(opened, case, size=wanted, indices=index or (), k=top, keep_global=keep_global)
-        for note in found.notes:
-            out.print(f"note: {note}", markup=False)
-        for line in scan_lines(found):
-            out.print(line, markup=False)
+        _print_lines(scan_lines(found))
         if table is not None:
             write_ranking(found.ranking, table)
             out.print(f"ranking in {table}", markup=False)
@@ -424,26 +433,9 @@ def _print_plan(title: str, lines: Sequence[tuple[str, str]]) -> None:
     out.print(table)
 
 
-def _print_result(run: Run, seconds: float) -> None:
-    """Where the result is, and the few numbers that say whether it is worth a look."""
-    out.print(f"done in {seconds:.0f} s: {run.uri}", markup=False)
-    skipped = len(run.table("skipped"))
-    if skipped:
-        out.print(f"{skipped} cases were skipped; why is in {run.uri}/skipped.parquet", markup=False)
-    doubtful = run.slices.loc[run.slices["warnings"] != "", "case"].nunique()
-    if doubtful:
-        out.print(f"{doubtful} cases were read with warnings; column `warnings` of slices.parquet", markup=False)
-    try:
-        last = run.table("checkpoints").iloc[-1]
-    except (ValueError, IndexError):
-        return
-    dice = ", ".join(f"{name} {last[f'dice_validation_{c}']:.2f}" for c, name in enumerate(run.classes, start=1))
-    out.print(f"validation Dice after epoch {int(last['epoch'])}: {dice}", markup=False)
-    if run.store.read_receipt(DrawFigures.name, "figure_5") is not None:
-        for line in findings(run):
-            out.print(line, markup=False)
-    if run.store.read_receipt(RenderReport.name, "index") is not None:
-        out.print(f"the report, for a browser: {run.uri}/{PAGE}", markup=False)
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        out.print(line, markup=False)
 
 
 if __name__ == "__main__":

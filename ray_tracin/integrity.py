@@ -28,6 +28,8 @@ from ray_tracin.vocabulary import Stripe
 
 FOREIGN = "foreign"
 """The name under which `verify` lists files that no receipt names."""
+NOT_OURS = (".nii", ".nii.gz", ".ds_store", "thumbs.db")
+"""Ends of names of files that a run never writes: somebody's images wherever they lie, what file browsers leave."""
 _PATHS = re.compile(rb'"path": "([^"]+)"')
 TABLES_THAT_NAME_KEYS = {paths.SLICES, paths.REGIONS, paths.CHECKPOINTS}
 
@@ -153,8 +155,7 @@ def _foreign(run: Run, evidence: _Evidence) -> list[str]:
     return [
         f"{path}: belongs to no finished key"
         for path in run.store.objects.everything()
-        # A run writes no NIfTI: such a file is somebody's image, wherever it lies.
-        if not (path in known or path.startswith(kept) or path.lower().endswith((".nii", ".nii.gz")) or is_claim(path))
+        if not (path in known or path.startswith(kept) or path.lower().endswith(NOT_OURS) or is_claim(path))
     ]
 
 

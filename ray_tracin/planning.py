@@ -22,9 +22,9 @@ from ray_tracin.folders import find_cases
 from ray_tracin.footprint import Footprint, Need
 from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.layers import Layout
-from ray_tracin.presets import build_config
+from ray_tracin.presets import build_config, read_document
 from ray_tracin.rounding import RowFormat
-from ray_tracin.runs import Run, is_run, open_run_with, read_document
+from ray_tracin.runs import Run, is_run, open_run_with
 from ray_tracin.store import IncompleteRunError, RunStore
 from ray_tracin.unet import HEAD, build_unet
 from ray_tracin.vocabulary import QuerySet, UsageError, ranges
@@ -109,6 +109,11 @@ class Plan:
         weights = 4 * self.parameters * (self.config.training.epochs + 7)
         shards = 0 if self.fused else checkpoints * self.shard_bytes
         return shards + self.tensor_bytes + slices + weights + self.output_bytes
+
+    @property
+    def training_flops(self) -> int:
+        """All epochs: a forward and a backward of twice that a train slice, and a forward of all with ground truth."""
+        return self.config.training.epochs * self.forward_flops * (3 * self.train + self.cut)
 
     @property
     def gradient_flops(self) -> int:
@@ -248,9 +253,10 @@ class Plan:
             ("slices", f"{self.train} train, {self.test} test queries"),
             ("train-influence tensor", f"{self.classes} × {self.train} × {rows}, {epochs} checkpoints"),
             ("parameters", f"{self.layout.columns:,} of {self.parameters:,} differentiated"),
+            ("training", f"{self.training_flops / 1e12:.2f} TFLOP in {self.config.training.epochs} epochs"),
             ("gradients, a checkpoint", f"{self.gradient_flops / 1e12:.2f} TFLOP"),
             ("tiles, a checkpoint", f"{self.gram_flops / 1e12:.2f} TFLOP in {self.tiles} tiles"),
-            ("arithmetic in all", f"{total / 1e15:.3f} PFLOP"),
+            ("arithmetic of gradients and tiles", f"{total / 1e15:.3f} PFLOP"),
             ("gradient shards, a checkpoint", f"{_gib(self.shard_bytes)} (dense float32: {_gib(self.dense_bytes)})"),
             ("source of rows", f"{self.source[0]} ({self.source[1]})"),
             (
@@ -277,6 +283,7 @@ class Plan:
             ("passes", f"{rates.passes / 1e9:,.0f} GFLOP/s"),
             ("products", f"{rates.products / 1e9:,.0f} GFLOP/s"),
             ("storage", f"{rates.written / 1e6:,.0f} MB/s written, {rates.read / 1e6:,.0f} MB/s read"),
+            ("training, about", _duration(self.training_flops / rates.passes)),
             ("gradients and tiles, one worker", f"{_duration(total)} ({shares})"),
             ("limited by", max(parts, key=lambda name: parts[name])),
             *([(f"the same, {workers} workers", _duration(total / workers))] if workers > 1 else []),

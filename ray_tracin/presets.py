@@ -4,6 +4,7 @@ It doesn't know what settings there are, only that `config` does: an unknown one
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -64,6 +65,30 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ValueError("\n".join(_lines(error.errors()))) from None
+
+
+def read_document(path: Path | None) -> dict[str, Any] | None:
+    """The settings of a configuration file; None without one.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it is no YAML.
+    """
+    if path is None:
+        return None
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file at {path}: expected a YAML file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected YAML in UTF-8, found other bytes: save it as UTF-8 ({error})") from None
+    document = parse_yaml(text, str(path))
+    data = document.get("data")
+    if isinstance(data, dict) and isinstance(data.get("root"), str):
+        beside = path.parent / data["root"]
+        if not Path(data["root"]).is_absolute() and beside.exists():
+            data["root"] = str(beside.absolute())  # As seen from the file, wherever the command is given.
+    return document
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
@@ -145,7 +170,8 @@ def _explained(problem: Mapping[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     where = ".".join(location) or "configuration"
     if problem["type"] != "extra_forbidden":
-        return f"{where}: {_message(problem)}{_got(problem)}"
+        hint = "; YAML wants a space after a colon" if any(":" in part for part in location) else ""
+        return f"{where}: {_message(problem)}{_got(problem)}{hint}"
     section = _section(RunConfig, location[:-1])
     return f"unknown setting {where!r}; known here: {', '.join(sorted(section.model_fields))}"
 

@@ -3,6 +3,7 @@
 It knows nothing but the events of stages.
 """
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from rich.table import Table
 from ray_tracin.stages import Event, Listener
 
 PLAIN_LINE_SECONDS = 5.0
+SILENT_SECONDS = 30.0
+"""After which a stage that has told nothing new is told of all the same: the first key of a stage can take minutes."""
 
 
 @dataclass
@@ -29,6 +32,7 @@ class _Told:
     computed: int = 0
     again: int = 0
     ended: float | None = None
+    last: Event | None = None
 
 
 @contextmanager
@@ -40,9 +44,27 @@ def progress(console: Console) -> Iterator[Listener]:
             with _bars(console) as show:
                 yield lambda event: (lines.count(event), show(event))[1]
         else:
-            yield lines
+            with _reminded(lines):
+                yield lines
     finally:
         lines.summarise()
+
+
+@contextmanager
+def _reminded(lines: "PlainLines") -> Iterator[None]:
+    ended = threading.Event()
+
+    def remind() -> None:
+        while not ended.wait(PLAIN_LINE_SECONDS):
+            lines.remind()
+
+    thread = threading.Thread(target=remind, daemon=True, name="progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextmanager
@@ -98,8 +120,17 @@ class PlainLines:
         told = self._stages[event.stage]
         told.computed += event.kind == "done"
         told.again += event.kind == "again"
-        told.ended = now
+        told.ended, told.last = now, event
         return told
+
+    def remind(self) -> None:
+        """Print where a stage stands of which nothing has been told for long."""
+        now = time.monotonic()
+        for told in list(self._stages.values()):
+            if told.last is not None and told.last.kind != "end" and now - told.printed >= SILENT_SECONDS:
+                told.printed = now
+                event = told.last
+                self._print(f"{event.stage}: {event.done}/{event.total} in {now - told.began:.0f} s, at work")
 
     def summarise(self) -> None:
         """Print what was computed: keys, seconds and attempts in vain, by stage."""

@@ -77,18 +77,23 @@ class ScanExplanation:
     ranking: pd.DataFrame
     """A row a region, side (proponent or opponent) and rank: case, index and class_id of the region; influence; and of
     the train region train_slice, patient, train_index, train_class_id, train_class, overlap, is_global. As in
-    `explanation`, the rank is that among all train regions, global explainers included."""
+    `explanation`, the rank is that among all train regions, global explainers included. ``query_labelled``: whether the
+    slice has ground truth, else the network's prediction stood in for it; ``sketch_size``: of the index, 0 where the
+    influence is exact."""
     size: int
     """Of the sketches, 0 where the influence is exact."""
     agreement: pd.DataFrame
     """What an index of this size is worth on the run's own tensor; empty where the influence is exact."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """How many global explainers are not in the rankings, by class."""
+    without: tuple[str, ...] = ()
+    """Cases on whose slices the network predicts no region."""
 
     @property
     def notes(self) -> list[str]:
         """What a reader must know before believing the ranking."""
         found = []
+        found += [f"{case}: the network predicts no region on its slices" for case in self.without]
         cases = self.regions.loc[~self.regions["labelled"].astype(bool), "case"].unique()
         if len(cases):
             found.append(f"{', '.join(cases)}: no ground truth, the network's own prediction stands in for it")
@@ -158,7 +163,9 @@ def explain_scan(
     left_out = is_global & (not keep_global)
     counts = {name: int(left_out[place].sum()) for place, name in enumerate(run.classes)}
     told = {name: count for name, count in counts.items() if count and name in set(regions["class_name"])}
-    return ScanExplanation(regions, _rankings(run, scan, influence, is_global, left_out, k), size, agreement, told)
+    ranking = _rankings(run, scan, influence, is_global, left_out, k).assign(sketch_size=np.int32(size))
+    without = tuple(sorted(set(scan.table["case"]) - set(regions["case"])))
+    return ScanExplanation(regions, ranking, size, agreement, told, without)
 
 
 def pick_index(run: Run, size: int | None) -> int:
@@ -311,9 +318,11 @@ def _rankings(run: Run, scan: NewScan, influence: Tensor, is_global: Tensor, lef
                 rank=(ranks + 1).numpy(),
                 influence=scores[0, columns].numpy(),
                 is_global=is_global[class_id - 1, columns].numpy(),
+                query_labelled=bool(scan.table["labelled"].iloc[position]),
             )
             frames.append(frame)
-    names = ["case", "index", "class_id", "class_name", "side", "rank", "influence", *train.columns, "is_global"]
+    first = ["case", "index", "class_id", "class_name", "side", "rank", "influence"]
+    names = [*first, *train.columns, "is_global", "query_labelled"]
     return pd.concat(frames, ignore_index=True)[names] if frames else pd.DataFrame(columns=names)
 
 

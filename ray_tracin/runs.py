@@ -24,7 +24,7 @@ from ray_tracin import store as paths
 from ray_tracin.claims import driving
 from ray_tracin.config import FORMAT_VERSION, RunConfig
 from ray_tracin.objects import StoredFile
-from ray_tracin.presets import build_config, parse_config, parse_yaml
+from ray_tracin.presets import build_config, parse_config, parse_yaml, read_document
 from ray_tracin.store import Array, IncompleteRunError, Receipt, RunStore, ZarrArray
 from ray_tracin.unet import build_unet
 from ray_tracin.vocabulary import QUERY_SETS, QuerySet, UsageError, checkpoint_name
@@ -33,6 +33,8 @@ FINAL = "final"
 """The network after the last epoch."""
 RECORD = ("run", "configuration")
 """Stage and key of the receipt of the configuration's own files, which holds their text too."""
+PASSING = "/runtime_resources/working_dir_files/"
+"""In the path of the folder that Ray unpacks a job's files into, and runs it in."""
 PRELIMINARY = (RECORD[0], "inspect", "events")
 """Stages whose receipts keep nobody from another configuration: they are made again for it."""
 TOP_TABLES = ("slices", "regions", "checkpoints", "skipped", "events")
@@ -86,7 +88,9 @@ class Run:
         """
         mine = self.slices[(self.slices["patient"] == patient) | (self.slices["case"] == patient)]
         if mine.empty:
-            there = sorted(set(self.slices["patient"]))
+            there, skipped = sorted(set(self.slices["patient"])), self.table("skipped").set_index("case")["reason"]
+            if patient in skipped.index:
+                raise UsageError(f"{patient} was left out when the run was prepared: {skipped[patient]}")
             raise UsageError(
                 f"no patient {patient!r} in this run; there are {len(there)}, such as {', '.join(there[:5])}"
             )
@@ -114,9 +118,8 @@ class Run:
 
     @cached_property
     def learning_rates(self) -> torch.Tensor:
-        """The η of eq. 6, float64: of the checkpoints of ``influence_epochs``, in their order."""
-        rates = self.table("checkpoints").set_index("epoch")["learning_rate"]
-        return torch.tensor([float(rates.loc[epoch]) for epoch in self.config.influence_epochs()], dtype=torch.float64)
+        """The η of eq. 6, float64, that the tensor is summed with: of the checkpoints of ``influence_epochs``."""
+        return torch.tensor(self.store.attributes(paths.INFLUENCE)["learning_rates"], dtype=torch.float64)
 
     def _rows(self, splits: Sequence[str]) -> tuple[int, ...]:
         chosen = self.slices.loc[self.slices["split"].isin(splits), "slice"]
@@ -282,6 +285,7 @@ def start_run(
     document = read_document(config)
     store = RunStore(uri)
     if not is_run(uri):
+        _refuse_passing_folder(uri)
         if preset is None and document is None and not overrides:
             raise ValueError(f"there is no run at {store.uri} yet: give --config FILE or --preset demo|paper")
         return _begin(store, build_config(preset, document, overrides))
@@ -293,6 +297,15 @@ def start_run(
     if store.read_receipt(*RECORD) is None:
         _record(store)
     return Run(store, wanted)
+
+
+def _refuse_passing_folder(uri: str | Path) -> None:
+    """Nothing, unless the run would begin where a Ray job was unpacked, which goes with the cluster's session."""
+    if PASSING in Path.cwd().as_posix() and "://" not in str(uri) and not Path(uri).is_absolute():
+        raise UsageError(
+            f"--run {uri} would be in {Path.cwd()}, where Ray has unpacked this job and keeps nothing: give an "
+            "absolute path that all nodes share, s3://… or gs://…"
+        )
 
 
 def open_run_with(
@@ -394,24 +407,6 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def read_document(path: Path | None) -> dict[str, Any] | None:
-    """The settings of a configuration file; None without one.
-
-    Raises:
-        FileNotFoundError: it does not exist.
-        ValueError: it is no YAML.
-    """
-    if path is None:
-        return None
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration file at {path}: expected a YAML file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected YAML in UTF-8, found other bytes: save it as UTF-8 ({error})") from None
-    return parse_yaml(text, str(path))
 
 
 def _stored_document(store: RunStore) -> dict[str, Any]:

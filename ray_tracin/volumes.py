@@ -6,7 +6,7 @@ convention: row 0 is anterior, column 0 is the patient's right. Whatever can't b
 Which files form an examination is the business of `folders`, their bytes that of `nifti`; this module knows no run.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ LABEL_TOLERANCE = 1e-3
 """Largest distance of a label from an integer; segmentations that went through float hold 2.99999."""
 MOST_NEGATIVE = 0.01
 """Share of an image's voxels that aren't 0 above which negative ones get a warning; interpolation leaves a few."""
+MOST_OBLONG = 1.5
+"""How much longer than the other one side of a pixel of an axial slice may be without a warning."""
 BACKGROUND = -1.0
 """Value of images outside the brain and outside the volume."""
-"""Class ids are stored as uint8."""
 
 AnyArray = Shaped[np.ndarray, "..."]
 Labels = Int32[np.ndarray, "i j k"]
@@ -143,7 +144,26 @@ def inspect_case(case: Case, config: DataConfig) -> Inspection:
     _cut_images(volume, indices, config)
     values = () if volume.labels is None else tuple(int(value) for value in np.unique(volume.labels))
     i, j, k = volume.images.shape[1:]
-    return Inspection(case, values, indices, (i, j, k), volume.warnings)
+    return Inspection(case, values, indices, (i, j, k), (*volume.warnings, *_cutting_warnings(volume, indices, config)))
+
+
+def _cutting_warnings(volume: Volume, indices: Sequence[int], config: DataConfig) -> Iterator[str]:
+    """What cutting these slices makes of the case that nobody would expect."""
+    right, back, _ = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    if max(right, back) > MOST_OBLONG * min(right, back):
+        yield (
+            f"its voxels are {right:.3g} × {back:.3g} mm in the axial plane, in which slices are cut and never "
+            "resampled: it looks as if acquired in another plane"
+        )
+    if volume.labels is None or not volume.labels.any():
+        return
+    if not _crop(_planes(volume.labels, indices), config, volume.case).any():
+        there = np.flatnonzero(volume.labels.any(axis=(0, 1)))
+        yield (
+            f"none of its {np.count_nonzero(volume.labels)} labelled voxels is in what is cut (they are in slices "
+            f"{there[0]} to {there[-1]}): it counts as one without a lesion; data.slices.selection=tumour or a larger "
+            "data.size would have it"
+        )
 
 
 def choose_slices(volume: Volume, selection: SliceSelection) -> tuple[int, ...]:

@@ -98,7 +98,9 @@ def telling(tiny_run: Run, tmp_path: Path) -> Run:
     predictive = lines["feature"] < 10
     impact = np.where(predictive, 0.5, 0.0) + lines["feature"] / 1000
     lines.assign(impact=impact.where(lines["class"] != 1)).to_parquet(root / "tables/feature_impact.parquet")
-    trends = lines.rename(columns={"class": "query_class"}).assign(train_class=POOLED, predictive=predictive)
+    trends = lines.rename(columns={"class": "query_class"}).assign(
+        train_class=POOLED, predictive=predictive, importance_first=1.0
+    )
     trends.to_parquet(root / "tables/feature_trends.parquet")
     return open_run(root)
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.colors
@@ -22,6 +23,7 @@ from conftest import TINY
 from typer.testing import CliRunner, Result
 
 from ray_tracin.charts import COLOURS
+from ray_tracin.claims import driving
 from ray_tracin.cli import app
 from ray_tracin.integrity import FOREIGN, verify
 from ray_tracin.pipeline import STEPS
@@ -227,6 +229,14 @@ def test_status_counts_every_key(tiny_run: Run) -> None:
     assert done.exit_code == 0
     assert re.search(r"gradients\W+12\W+12", done.stdout)
     assert re.search(r"tiles\W+18\W+18", done.stdout)
+    assert done.stdout.endswith("nobody computes it now\n")
+    with driving(tiny_run.store.objects):
+        assert f"being computed by process {os.getpid()} on " in invoke("status", "--run", tiny_run.uri).stdout
+
+
+def test_the_version_is_told() -> None:
+    done = invoke("--version")
+    assert (done.exit_code, done.stdout.strip()) == (0, version("ray_tracin"))
 
 
 def test_verify_says_that_all_is_well_or_what_is_not(tiny_run: Run) -> None:

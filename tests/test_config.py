@@ -75,6 +75,7 @@ def test_an_unknown_key_is_named_with_the_known_ones() -> None:
         ("data.labels={0: background, 1: a}", r"data: labels must map 1 to 255 label values above 0 .*'background'"),
         ("data.labels={1: a, 2: a}", r"to different names, got \{1: 'a', 2: 'a'\}"),
         ("data.labels={}", r"to different names, got \{\}"),
+        ("data.labels={1:lesion}", r"data\.labels\.1:lesion.*; YAML wants a space after a colon"),
         ("width", r"an override reads key\.path=value, got 'width'"),
     ],
 )

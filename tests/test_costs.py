@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -128,6 +129,35 @@ def test_the_rate_of_a_stage_in_several_parts_is_that_of_the_part(
         "gradients: 10/20 in 3600.0 s",
         "gradients: 11/20 in 3606.0 s, 10.0 keys a minute, about 54 s left",
     ]
+
+
+def test_a_stage_of_which_nothing_is_heard_is_told_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first epoch of a training can take minutes."""
+    clock = Mock()
+    monkeypatch.setattr("ray_tracin.progress.time", clock)
+    lines = PlainLines(Console(width=100, force_terminal=False))
+    clock.monotonic.return_value = 0.0
+    lines(Event("train", "begin", 0, 30))
+    for moment in (10, 29, 30, 40, 59, 60):
+        clock.monotonic.return_value = float(moment)
+        lines.remind()
+    lines(Event("train", "end", 30, 30))
+    told = capsys.readouterr().out.splitlines()
+    assert told[:-1] == ["train: 0/30 in 30 s, at work", "train: 0/30 in 60 s, at work"]
+    clock.monotonic.return_value = 1000.0
+    lines.remind()
+    assert capsys.readouterr().out == ""
+
+
+def test_the_log_is_reminded_by_itself(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PLAIN_LINE_SECONDS", "SILENT_SECONDS"):
+        monkeypatch.setattr(f"ray_tracin.progress.{name}", 0.01)
+    with progress(Console(width=100, force_terminal=False)) as listen:
+        listen(Event("train", "begin", 0, 30))
+        time.sleep(0.5)
+    assert "train: 0/30 in 0 s, at work" in capsys.readouterr().out
 
 
 def test_attempts_are_files_of_their_own_until_they_stand_in_the_table(stage: Square) -> None:

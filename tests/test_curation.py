@@ -46,7 +46,7 @@ def test_two_swapped_classes_are_named() -> None:
 
 def test_a_region_that_is_annotated_as_nothing() -> None:
     regions, score, annotated = tables(invented=INVENTED)
-    text = "the network is confident of ED where the annotation has it on 0%; 100% of it is annotated as nothing"
+    text = "the network sees ED; 0% of what it sees is annotated so, 100% as nothing"
     assert text in signs(review_regions(regions, score, annotated, CLASSES), SOUND)
 
 
@@ -88,7 +88,7 @@ APART = {"pixels": 50, "overlap": 0.0, "dice": 0.0, "truth": 50, "as_0": 50, "as
 
 
 @pytest.mark.parametrize(
-    ("others", "sign"), [([TINY] * 8, ""), ([APART] * 8, "0%; 100% of it"), ([TINY, APART] * 4, "")]
+    ("others", "sign"), [([TINY] * 8, ""), ([APART] * 8, "0% of what it sees"), ([TINY, APART] * 4, "")]
 )
 def test_regions_without_a_sound_dice_do_not_crowd_out_the_largest_losses(
     others: list[dict[str, float]], sign: str

@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ray_tracin.answers import scan_lines
 from ray_tracin.attribution import Differentiate
 from ray_tracin.claims import ClaimHeldError, driving
 from ray_tracin.cli import app
@@ -138,6 +139,24 @@ def test_a_scan_without_truth_is_explained_with_its_prediction(indexed: Run, tmp
     found = explain_scan(indexed, copy, size=2, k=2)
     assert found.notes[0] == "NEW: no ground truth, the network's own prediction stands in for it"
     assert (found.regions["overlap"] == 1).all()
+    assert not found.ranking["query_labelled"].any()
+    lines = [line for line in scan_lines(found) if line.startswith("NEW, slice")]
+    assert lines
+    assert all(line.endswith(" pixels, no ground truth") for line in lines)
+
+
+def test_a_case_without_a_region_among_others_is_named(indexed: Run, tmp_path: Path) -> None:
+    folder, _ = known_case(indexed)
+    shutil.copytree(folder, tmp_path / "new/SICK")
+    well = Path(shutil.copytree(folder, tmp_path / "new/WELL"))
+    for path in well.glob("*.nii.gz"):
+        image = nib.load(path)
+        faint = np.zeros(image.shape, np.int16)
+        faint[0, 0, :] = "seg" not in path.name
+        nib.save(nib.Nifti1Image(faint, image.affine), path)
+    found = explain_scan(indexed, tmp_path / "new", size=2, k=2)
+    assert set(found.regions["case"]) == {"SICK"}
+    assert found.notes[0] == "WELL: the network predicts no region on its slices"
 
 
 def test_slices_can_be_chosen(indexed: Run) -> None:
@@ -169,6 +188,8 @@ def test_the_command_answers_and_writes_the_ranking(indexed: Run, tmp_path: Path
     assert "  proponents: " in done.output
     ranking = pd.read_parquet(tmp_path / "new" / "ranking.parquet")
     assert set(ranking["rank"]) == {1, 2, 3}
+    assert ranking["query_labelled"].all()
+    assert set(ranking["sketch_size"]) == {2}
     wrong = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "ranking.xlsx")])
     assert wrong.exit_code == 2
     assert "a .parquet or a .csv file" in wrong.output

@@ -2,12 +2,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from ray_tracin.claims import ClaimHeldError, driving
 from ray_tracin.runs import Run, open_run, restore_configuration, start_run
 from ray_tracin.soundness import file_problems
 from ray_tracin.store import IncompleteRunError, Receipt
+from ray_tracin.vocabulary import UsageError
 
 
 def test_a_run_that_exists_needs_no_configuration_again(tmp_path: Path) -> None:
@@ -123,6 +125,32 @@ def test_a_relative_folder_of_patients_is_the_same_from_anywhere(
         assert start_run(tmp_path / "run", overrides=[f"data.root={root}"]).fingerprint == begun.fingerprint
     with pytest.raises(ValueError, match="has another configuration"):
         start_run(tmp_path / "run", overrides=["data.root=patients"])
+
+
+def test_a_relative_folder_in_a_file_is_as_seen_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "study/patients").mkdir(parents=True)
+    (tmp_path / "study/settings.yaml").write_text("data: {root: patients}\n")
+    monkeypatch.chdir(tmp_path)
+    for config in (tmp_path / "study/settings.yaml", Path("study/settings.yaml")):
+        run = start_run(tmp_path / "run", config=config)
+        assert run.config.data.root == str(tmp_path / "study/patients")
+
+
+def test_a_run_is_not_begun_where_ray_unpacks_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpacked = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_0"
+    unpacked.mkdir(parents=True)
+    monkeypatch.chdir(unpacked)
+    with pytest.raises(UsageError, match=r"--run my-run would be in .*_ray_pkg_0, where Ray .*: give an absolute path"):
+        start_run("my-run", preset="demo")
+    assert not list(unpacked.iterdir())
+    start_run(tmp_path / "my-run", preset="demo")
+
+
+def test_a_case_that_was_left_out_says_why(tiny_run: Run, tmp_path: Path) -> None:
+    run = open_run(shutil.copytree(tiny_run.uri, tmp_path / "run"))
+    run.store.write_table("skipped.parquet", pd.DataFrame({"case": ["P9"], "path": [""], "reason": ["no t1"]}))
+    with pytest.raises(UsageError, match="^P9 was left out when the run was prepared: no t1$"):
+        run.slices_of("P9")
 
 
 def test_what_a_reader_does_changes_no_tensor(tiny_run: Run) -> None:

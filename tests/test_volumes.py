@@ -170,10 +170,30 @@ def test_an_inspection_reads_everything_and_survives_json(tmp_path: Path) -> Non
     label = np.zeros((4, 5, 6), np.uint8)
     label[1, 1, 4] = 4
     case = case_of(tmp_path, {"t1": noise((4, 5, 6))}, label)
-    found = inspect_case(case, config(slices={"count": 2}))
-    assert found == Inspection(case, (0, 4), (2, 3), (4, 5, 6), ())
+    found = inspect_case(case, config(slices={"count": 4}))
+    assert found == Inspection(case, (0, 4), (1, 2, 3, 4), (4, 5, 6), ())
     assert Inspection.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert inspect_case(Case(**{**vars(case), "label": None}), config(slices={"count": 1})).label_values == ()
+
+
+@pytest.mark.parametrize("settings", [{"slices": {"count": 2}}, {"slices": {"count": 4}, "size": 2}])
+def test_a_lesion_that_is_not_cut_is_a_warning(tmp_path: Path, settings: dict[str, Any]) -> None:
+    label = np.zeros((4, 5, 6), np.uint8)
+    label[0, 0, 4:] = 1
+    found = inspect_case(case_of(tmp_path, {"t1": noise((4, 5, 6))}, label), config(**settings))
+    assert found.warnings == (
+        "none of its 2 labelled voxels is in what is cut (they are in slices 4 to 5): "
+        "it counts as one without a lesion; "
+        "data.slices.selection=tumour or a larger data.size would have it",
+    )
+
+
+def test_another_plane_than_the_axial_is_a_warning(tmp_path: Path) -> None:
+    affine = BRATS @ np.diag([1.0, 4.0, 1.0, 1.0])
+    path = save(tmp_path / "t1.nii.gz", noise((4, 5, 6)), affine)
+    found = inspect_case(Case("case", "patient", None, {"t1": path}, None, ""), config(slices={"count": 1}))
+    assert len(found.warnings) == 1
+    assert found.warnings[0].startswith("its voxels are 1 × 4 mm in the axial plane, in which slices are cut")
 
 
 def test_an_inspection_finds_a_truncated_file(tmp_path: Path) -> None:
