@@ -172,6 +172,11 @@ def test_filters_show_what_the_tensor_says(tiny_run: Run, look: Opener) -> None:
     mine = every[(every.query_set == "test") & (every.query_slice == line.slice)]
     mine = mine[mine.query_class.astype(int) == line["class"]]
     mine = mine.merge(tiny_run.slices[["slice", "patient"]], left_on="train_slice", right_on="slice")
+    shares = tiny_run.table("global_explainers").astype({"train_class": int, "query_class": int})
+    everyone = shares[(shares.query_class == line["class"]) & shares.is_global][["train_slice", "train_class"]]
+    felt = mine[mine.influence != 0].astype({"train_class": int})
+    known = f"global explainers ({len(felt.merge(everyone, on=['train_slice', 'train_class']))} of {len(felt)})"
+    assert page.locator("#global-count").inner_text() == known
     page.select_option("#train-class", "2")
     of_class = mine[mine.train_class == 2].sort_values(["influence", "train_slice"], ascending=[False, True])
     above, below = (on_its_side(of_class, side) for side in ("proponents", "opponents"))

@@ -238,6 +238,8 @@ async function showRankings() {
   const chosen = filters();
   const scores = scoresOf(query, classId, rows);
   const ranked = rankedRegions(query, classId, scores, chosen.score);
+  const there = [...ranked.proponents, ...ranked.opponents];
+  byId("global-count").textContent = `global explainers (${there.filter((column) => isGlobal(classId, column)).length} of ${there.length})`;
   byId("rankings").replaceChildren(...LISTS.map(({ key, title, text }) => {
     const entries = filtered(ranked[key], classId, SLICES.patient[slice], chosen).map((entry) => ({
       ...entry, influence: scores.influence[entry.column], cosine: scores.cosine[entry.column],
