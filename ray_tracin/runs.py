@@ -88,9 +88,10 @@ class Run:
         """
         mine = self.slices[(self.slices["patient"] == patient) | (self.slices["case"] == patient)]
         if mine.empty:
-            there, skipped = sorted(set(self.slices["patient"])), self.table("skipped").set_index("case")["reason"]
-            if patient in skipped.index:
-                raise UsageError(f"{patient} was left out when the run was prepared: {skipped[patient]}")
+            there, skipped = sorted(set(self.slices["patient"])), self.table("skipped")
+            reasons = "; ".join(skipped.loc[skipped["case"] == patient, "reason"])
+            if reasons:
+                raise UsageError(f"{patient} was left out when the run was prepared: {reasons}")
             raise UsageError(
                 f"no patient {patient!r} in this run; there are {len(there)}, such as {', '.join(there[:5])}"
             )
