@@ -175,7 +175,6 @@ def choose_slices(volume: Volume, selection: SliceSelection) -> tuple[int, ...]:
 
     Raises:
         VolumeError: the volume has fewer slices than asked for, or no labels where they are needed.
-        ValueError: ``indices`` holds a position twice or below 0.
     """
     length = volume.images.shape[3]
     if selection.selection == "list":
