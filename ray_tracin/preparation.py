@@ -57,8 +57,10 @@ class Inspect(Stage[CaseKey]):
         keys = list(self._cases)
         if not self._numbered:
             return keys
-        used = {str(key) for key in keys}
-        return [*keys, *(CaseKey(name) for name in self.run.store.receipts(self.name) if name not in used)]
+        used, receipts = {str(key) for key in keys}, self.run.store.receipts(self.name)
+        # Of a case that was gone by then there may be one of a configuration that the run began with.
+        mine = [name for name, receipt in receipts.items() if receipt.fingerprint == self.run.fingerprint]
+        return [*keys, *(CaseKey(name) for name in mine if name not in used)]
 
     def stale(self, key: CaseKey, receipt: Receipt) -> bool:
         """Whether a file of the case has been replaced, as long as slices aren't numbered: later it is too late."""

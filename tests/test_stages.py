@@ -206,6 +206,18 @@ def test_once_slices_are_numbered_it_does_not_matter_what_becomes_of_the_patient
     assert list(verify(run)) == [f"inspect/{names[1]}"]
 
 
+def test_what_was_inspected_for_another_configuration_is_no_key(own_patients: Path) -> None:
+    folders, run = _cases(own_patients), _start_on(own_patients)
+    _inspected(run)
+    shutil.rmtree(folders[0])
+    overrides = [*TINY, f"data.root={own_patients}", "split.validation=0.4"]
+    run = start_run(run.uri, preset="demo", overrides=overrides)
+    for _ in range(2):
+        run_to(run, "prepare", Executors(execute_serially, execute_serially), lambda event: None)
+    assert list(map(str, Inspect(run).keys())) == [folder.name for folder in folders[1:]]
+    assert verify(run) == {}
+
+
 def test_slices_are_not_numbered_otherwise_after_damage(own_patients: Path) -> None:
     folders, run = _cases(own_patients), _start_on(own_patients)
     executors = Executors(execute_serially, execute_serially)
