@@ -1,8 +1,8 @@
 """From packed gradients to influence: tiles of the kernel, and the sum over checkpoints.
 
 The one idea: the inner product of two gradients is a sum over units, so a tile goes through the network a unit at a
-time: expand that unit's gradients once for all regions of both sides, multiply, add, drop them. No gradient is ever
-held whole.
+time: expand that unit's gradients once for all regions of both sides, multiply, add, drop them; or, where that is less
+work, multiply their factors (`pairing`). No gradient is ever held whole.
 
 It doesn't know networks, runs or files: rows come from two functions that read a unit's part of them.
 """
@@ -14,9 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
+from ray_tracin import pairing
 from ray_tracin.arithmetic import Each, arithmetic, multiply, operands, shared_threads, wide
 from ray_tracin.correlation import Chunk
 from ray_tracin.layers import Layout, Segment, expand_bytes, expansion
+from ray_tracin.pairing import Pairs, pair_bytes, pays
 from ray_tracin.vocabulary import Precision, ranges
 
 PANELS = 8
@@ -92,8 +94,19 @@ class _Sums:
         if not self._lanes:
             self.dtype = wide(queries.dtype)
             self._lanes = [_Lane.of(self._classes, queries, trains, self._precision) for _ in range(count)]
+        if self._pairs(segment, queries):
+            pairs = Pairs(segment, queries, trains, self._classes)
+            lengths = len(trains), 0 if trains is queries else len(queries)
+            parts = [ranges(length, pairing.TRAINS) for length in lengths]
+            dealt = [[part[number::count] for number in range(count)] for part in parts]
+            each(_Lane.add_pairs, self._lanes, [pairs] * count, *dealt)
+            return
         chunks = _chunks(segment, self._classes, queries, trains, chunk_values // count)
         each(_Lane.add, self._lanes, [chunks[number::count] for number in range(count)])
+
+    def _pairs(self, segment: Segment, rows: Tensor) -> bool:
+        """Whether a segment's gradients are never made; where operands are rounded, those would be."""
+        return self._precision != "bfloat16" and rows.device.type in pairing.DEVICES and pays(segment, self._classes)
 
     def total(self) -> tuple[Float64[Tensor, "row train_row"], Float64[Tensor, " row"]]:
         """The kernel, of symmetric ones the upper half and more; and the squared norms where the sides differ."""
@@ -129,6 +142,14 @@ class _Lane:
                 self._add_upper(one().flatten(0, 1))
             else:
                 self._add_pair(one().flatten(0, 1), two().flatten(0, 1))
+
+    def add_pairs(self, pairs: Pairs, trains: Sequence[tuple[int, int]], queries: Sequence[tuple[int, int]]) -> None:
+        """Adds the inner products with ranges of train slices, and the norms of ranges of query slices."""
+        for start, stop in trains:
+            part = pairs.columns(start, stop)
+            self.kernel[: len(part), start * pairs.classes : stop * pairs.classes] += part
+        for start, stop in queries:
+            self.norm2[start * pairs.classes : stop * pairs.classes] += pairs.squares(start, stop)
 
     def _add_pair(self, left: Float[Tensor, "row column"], right: Float[Tensor, "train_row column"]) -> None:
         self.kernel += multiply(left, right, self.precision)
@@ -171,12 +192,13 @@ def tile_bytes(
     columns = max(1, chunk_values // (layout.classes * max(query_slices, train_slices or 0)))
     slices = query_slices + (train_slices or 0)
     lanes = LANES if device == "cpu" else 1
-    expanded = expand_bytes(
-        layout, slices, columns=columns, stored_itemsize=stored_itemsize, lanes=lanes, device=device
-    )
+    read = slices * max((segment.length for segment in layout.segments), default=0) * (stored_itemsize + 4)
+    expanded = expand_bytes(layout, slices, columns=columns, lanes=lanes, device=device)
+    paired = [segment for segment in layout.segments if device in pairing.DEVICES and pays(segment, layout.classes)]
+    expanded = max([expanded, *(pair_bytes(segment, slices, lanes) for segment in paired)])
     pairs = layout.classes**2 * query_slices * (train_slices or query_slices)
     # A sum and a term of every lane, the two halves of a symmetric kernel, and the whole.
-    return expanded + pairs * (lanes * (8 + 4) + 8 + 8 + 8)
+    return read + expanded + pairs * (lanes * (8 + 4) + 8 + 8 + 8)
 
 
 def without_absent(

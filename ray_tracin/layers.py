@@ -79,6 +79,19 @@ class Segment:
         return tuple(math.prod(shape) for shape in self.shapes)
 
     @property
+    def read(self) -> Shape:
+        """What the unit reads of one slice, its channels first: a linear layer's leading axes are one of positions."""
+        return self._channels_first(self.input_shape)
+
+    @property
+    def written(self) -> Shape:
+        """What the unit writes, as ``read``."""
+        return self._channels_first(self.output_shape)
+
+    def _channels_first(self, shape: Shape) -> Shape:
+        return (shape[-1], math.prod(shape[:-1])) if self.kind == "linear" else shape
+
+    @property
     def input_values(self) -> int:
         """Values of the input that precedes the classes; 0 in the gradient form."""
         return math.prod(self.input_shape) if self.form == "factors" else 0
@@ -154,17 +167,44 @@ def expansion(segment: Segment, packed: Float[Tensor, "slice length"], classes: 
     Raises:
         ValueError: the rows are not as long as the segment.
     """
+    if segment.form == "gradient":
+        _check_length(segment, packed)
+        return _parts(packed.reshape(len(packed), classes, segment.columns), columns)
+    return multiply_factors(segment, *unpacked(segment, packed, classes), columns=columns)
+
+
+def unpacked(
+    segment: Segment, packed: Float[Tensor, "slice length"], classes: int
+) -> tuple[Float[Tensor, "slice *read"], Float[Tensor, "slice class *written"]]:
+    """The unit's inputs and output gradients, of rows that hold its factors.
+
+    Raises:
+        ValueError: the rows are not as long as the segment.
+    """
+    _check_length(segment, packed)
+    inputs, output_gradients = packed[:, : segment.input_values], packed[:, segment.input_values :]
+    return (
+        inputs.reshape(len(packed), *segment.input_shape),
+        output_gradients.reshape(len(packed), classes, *segment.output_shape),
+    )
+
+
+def _check_length(segment: Segment, packed: Float[Tensor, "slice length"]) -> None:
     if packed.shape[1] != segment.length:
         raise ValueError(
             f"expected {segment.length} values a slice for unit {segment.unit!r}, got {packed.shape[1]}: read values "
             f"{segment.offset} to {segment.stop} of the rows that this layout describes"
         )
-    if segment.form == "gradient":
-        return _parts(packed.reshape(len(packed), classes, segment.columns), columns)
-    split = segment.input_values
-    inputs = packed[:, :split].reshape(-1, *segment.input_shape)
-    output_gradients = packed[:, split:].reshape(-1, classes, *segment.output_shape)
-    return multiply_factors(segment, inputs, output_gradients, columns=columns)
+
+
+def channels_first(
+    segment: Segment, inputs: Float[Tensor, "slice *read"], output_gradients: Float[Tensor, "slice class *written"]
+) -> tuple[Float[Tensor, "slice in *space"], Float[Tensor, "slice class out *positions"]]:
+    """The factors of a unit with the channels before the positions, which a linear layer has in one axis then."""
+    if segment.kind != "linear":
+        return inputs, output_gradients
+    inputs = inputs.reshape(len(inputs), -1, inputs.shape[-1]).mT
+    return inputs, output_gradients.reshape(*output_gradients.shape[:2], -1, output_gradients.shape[-1]).mT
 
 
 def parameter_gradients(
@@ -185,10 +225,7 @@ def multiply_factors(
     """What makes the gradients of a unit from its factors, in chunks of columns as `expansion` gives them."""
     geometry = segment.geometry
     assert geometry is not None, f"{segment.unit} has no geometry"
-    if segment.kind == "linear":
-        # Channels are last and any number of axes precede them: one axis of positions, after the channels.
-        inputs = inputs.reshape(len(inputs), -1, inputs.shape[-1]).mT
-        output_gradients = output_gradients.reshape(*output_gradients.shape[:2], -1, output_gradients.shape[-1]).mT
+    inputs, output_gradients = channels_first(segment, inputs, output_gradients)
     chunks: list[Chunk] = []
     for name in segment.parameters:
         if name.endswith("bias"):
@@ -247,18 +284,15 @@ def _part(whole: Float[Tensor, "slice class column"], start: int, stop: int) -> 
     return whole[:, :, start:stop].to(wide(whole.dtype))
 
 
-def expand_bytes(
-    layout: Layout, slices: int, *, columns: int, stored_itemsize: int = 4, lanes: int = 1, device: str = "cpu"
-) -> int:
-    """About how many bytes it takes to read the largest segment of some slices and to expand chunks of it.
+def expand_bytes(layout: Layout, slices: int, *, columns: int, lanes: int = 1, device: str = "cpu") -> int:
+    """About how many bytes it takes to expand chunks of the rows of some slices, beside the rows.
 
     Chunks of ``columns`` columns in all, or those of the widest segment if that is less, ``lanes`` of them at a time.
     """
     columns = min(columns, max((segment.columns for segment in layout.segments), default=0))
-    widest = max((segment.length for segment in layout.segments), default=0)
     narrowest = max((_smallest_chunk(segment) for segment in layout.segments), default=0)
     chunk = 2 * slices * layout.classes * max(columns, lanes * narrowest)
-    return slices * widest * (stored_itemsize + 4) + 4 * (chunk + lanes * _window_values(layout, device))
+    return 4 * (chunk + lanes * _window_values(layout, device))
 
 
 def _smallest_chunk(segment: Segment) -> int:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.networks.nets import BasicUNet
 
-from ray_tracin import arithmetic, correlation, influence
+from ray_tracin import arithmetic, correlation, influence, pairing
 from ray_tracin.gradients import RegionDifferentiator
 from ray_tracin.influence import (
     sum_checkpoints,
@@ -23,11 +23,13 @@ from ray_tracin.layers import expand
 BUILD, SIZE = networks.NETWORKS["deep"]
 
 
-@pytest.fixture(autouse=True, params=test_arithmetic.LIBRARIES)
+@pytest.fixture(autouse=True, params=[*test_arithmetic.LIBRARIES, "pairs"])
 def library(request, monkeypatch):
-    """Which library multiplies."""
+    """Which library multiplies expanded gradients, or that those which can be paired aren't expanded."""
     monkeypatch.setattr(arithmetic, "prefers_onednn", lambda: request.param == "oneDNN")
     monkeypatch.setattr(correlation, "LEAST_PRODUCT", 1)
+    monkeypatch.setattr(pairing, "LEAST_GAIN", 0 if request.param == "pairs" else math.inf)
+    monkeypatch.setattr(pairing, "TRAINS", 2)
     return request.param
 
 
@@ -79,6 +81,7 @@ def monai_unet():
 
 
 OTHERS = {
+    "windows": (*networks.NETWORKS["windows"], "head"),
     "monai": (monai_unet, (32, 32), "final_conv"),
     "three dimensions": (*networks.NETWORKS["three dimensions"], "head"),
 }
@@ -208,12 +211,16 @@ def test_a_side_without_slices_has_no_entries(deep, train):
     assert (kernel.shape, norm2.shape) == ((2, 0, 2, train or 0), (2, 0))
 
 
-def test_the_estimate_of_memory_counts_both_sides(deep):
+def test_the_estimate_of_memory_counts_both_sides(deep, monkeypatch):
     layout = deep[0]
+    # What pairs take is a floor.
+    monkeypatch.setattr(pairing, "LEAST_GAIN", math.inf)
     widest = max(segment.length for segment in layout.segments)
     one, two = (tile_bytes(layout, 100, other, chunk_values=10**6) for other in (None, 100))
     assert two - one > 100 * widest * 8
     assert tile_bytes(layout, 100, None, chunk_values=10**7) > one > 2 * 4 * 10**6
+    monkeypatch.setattr(pairing, "LEAST_GAIN", 0)
+    assert tile_bytes(layout, 100, None, chunk_values=1) > influence.LANES * 4 * 4 * pairing.OVERLAP_VALUES
 
 
 # Two classes, one query, two train slices; class 2 of train slice 1 doesn't exist.
