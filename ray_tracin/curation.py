@@ -50,8 +50,10 @@ def review_regions(
     # Among those that can have the sign: others, whose loss is near 1, have signs of their own and would crowd it out.
     agreeing = table["loss"].where((table["pixels"] > 0) & (table["overlap"] >= LOW_OVERLAP))
     table["loss_percentile"] = agreeing.groupby(table["class"]).rank(pct=True)
-    table["signs"] = [_signs(line, classes) for line in table.to_dict("records")]
-    table["count"] = table["signs"].str.len()
+    signs = [_signs(line, classes) for line in table.to_dict("records")]
+    # Without a line pandas would make numbers of them.
+    table["signs"] = pd.Series(signs, dtype=object)
+    table["count"] = [len(found) for found in signs]
     # The other signs are of the largest few in any data set, however good.
     missed = (table["pixels"] == 0) & (table["truth"] >= FEWEST_PIXELS)
     table["disagrees"] = missed | ((table["pixels"] > 0) & (table["overlap"] < LOW_OVERLAP))

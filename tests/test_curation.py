@@ -76,6 +76,15 @@ def test_nothing_is_said_of_slices_without_ground_truth() -> None:
     assert SOUND not in set(review_regions(regions, score, annotated, CLASSES).slice)
 
 
+@pytest.mark.parametrize(("labelled", "pixels"), [(False, 100), (True, 0)])
+def test_where_nothing_is_labelled_or_there_nothing_is_to_review(labelled: bool, pixels: int) -> None:
+    regions, score, annotated = tables()
+    regions, annotated = regions.assign(labelled=labelled, pixels=pixels), annotated.assign(truth=pixels)
+    found = review_regions(regions, score, annotated, CLASSES)
+    assert found.signs.tolist() == []
+    assert {"slice", "class", "loss", "percentile"} <= set(found)
+
+
 def test_without_self_influence_the_other_signs_stay() -> None:
     regions, _, annotated = tables(swapped=SWAPPED)
     found = review_regions(regions, None, annotated, CLASSES)

@@ -376,6 +376,13 @@ def test_the_review_list_starts_with_the_worst(tiny_run: Run, look: Opener) -> N
     assert float(rows[0]["self_influence"]) == table.self_influence.iloc[2]
 
 
+def test_a_run_without_a_region_to_review_has_a_report(own_run: Run, look: Opener) -> None:
+    rewrite(own_run, "regions.parquet", lambda table: table.assign(labelled=False))
+    page = look(render(own_run), "curate")
+    assert page.get_by_text("No region has such a sign.").count() == 1
+    assert "Self-influence is not known" not in page.locator("#curate").inner_text()
+
+
 def test_the_review_goes_by_keys_and_looks_closely(tiny_run: Run, look: Opener) -> None:
     page = look(tiny_run, "curate")
     page.locator("#review-signs").uncheck()

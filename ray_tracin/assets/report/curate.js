@@ -68,7 +68,7 @@ function buildCurate() {
         h("span.spacer"), h("span", { id: "review-count" }, `${marked.size} marked`),
         h("button", { id: "review-export", title: "The marked regions, or all that are listed where none is marked", onclick: exportReview }, "Export review list")),
       h("p.note", {}, "Train regions that may be annotated wrongly. Signs are reasons to look, not verdicts: a large self-influence (its bar: than how many of the class it is larger) says that little else in the training set supports a region; low overlap and a large loss say that network and annotation disagree."),
-      Number.isNaN(REVIEW.selfInfluence.find((value) => !Number.isNaN(value)) ?? NaN) && message("Self-influence is not known: this run has no train queries."),
+      !TRAIN_NORM && message("Self-influence is not known: this run has no train queries."),
       h("div", { id: "review-table" })),
     h("aside.preview", {}, h("div", { id: "review-preview" }), h("div.tools-place"), h("div", { id: "review-facts" })));
   makeNavigable(byId("review-preview"));
