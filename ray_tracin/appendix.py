@@ -184,8 +184,11 @@ def _truth(run: Run) -> str:
 def _queries(run: Run) -> str:
     if "test" not in run.query_sets:
         return "the train slices explain themselves; there is no test query in this run"
-    own = run.config.split.test > 0
-    return "the test patients" if own else "the validation patients, which the network was not trained on"
+    if run.config.split.test > 0:
+        return "the test patients"
+    who = {"validation": "the validation patients", "test": "the patients without ground truth"}
+    there = [text for split, text in who.items() if split in set(run.slices["split"])]
+    return f"{' and '.join(there)}, which the network was not trained on"
 
 
 def _intensities(run: Run) -> str:

@@ -15,6 +15,7 @@ from scipy.stats import gaussian_kde, permutation_test
 
 from ray_tracin.featuring import predictive_features
 from ray_tracin.runs import Run
+from ray_tracin.store import IncompleteRunError
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 """Of the classes, in order (Okabe and Ito)."""
@@ -104,8 +105,11 @@ def _crowded(run: Run) -> list[str]:
 
 
 def _impacts(run: Run, class_id: int) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
-    """The impacts of a class's predictive features, and of its others."""
-    impact = run.table("feature_impact")
+    """The impacts of a class's predictive features, and of its others; none where no slice could be masked."""
+    try:
+        impact = run.table("feature_impact")
+    except IncompleteRunError:
+        return np.empty(0), np.empty(0)
     values = impact[impact["class"] == class_id].dropna(subset="impact")
     predictive = values["feature"].isin(predictive_features(run, class_id)).to_numpy()
     drops = values["impact"].to_numpy(dtype=float)
@@ -137,7 +141,7 @@ def draw_feature_impact(run: Run) -> Figure:
 def _draw_distributions(axis: Axes, groups: Sequence[Float[np.ndarray, "..."]]) -> None:
     together = np.concatenate(groups)
     if not together.size:
-        axis.text(0.5, 0.5, "no slice has the class", ha="center", transform=axis.transAxes, fontsize=8)
+        axis.text(0.5, 0.5, "no masked slice has the class", ha="center", transform=axis.transAxes, fontsize=8)
         return
     edges = np.histogram_bin_edges(together, bins=12)
     for values, colour, name in zip(groups, (PREDICTIVE, OTHERS), ("predictive", "others"), strict=True):

@@ -14,6 +14,7 @@ from ray_tracin.charts import (
     printed,
 )
 from ray_tracin.featuring import POOLED
+from ray_tracin.figures import render
 from ray_tracin.runs import Run, open_run
 
 
@@ -117,3 +118,13 @@ def test_figure_7_has_its_legend_where_the_first_class_has_no_impact(telling: Ru
     figure = draw_feature_impact(telling)
     assert not figure.axes[0].get_legend_handles_labels()[0]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["predictive", "others"]
+
+
+def test_where_no_query_has_ground_truth_no_feature_has_an_impact(telling: Run) -> None:
+    (Path(telling.uri) / "tables/feature_impact.parquet").unlink()
+    nothing = "0 predictive, 0 others: nothing to compare"
+    assert [line.split(": ", 2)[2] for line in findings(telling)[-3:]] == [nothing] * 3
+    figure = draw_feature_impact(telling)
+    assert [axis.get_title().split("\n")[1] for axis in figure.axes] == [nothing] * 3
+    assert {axis.texts[0].get_text() for axis in figure.axes} == {"no masked slice has the class"}
+    assert render(figure).startswith(b"\x89PNG")

@@ -20,6 +20,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from typer.testing import CliRunner
 
+from ray_tracin.appendix import choices
 from ray_tracin.claims import driving
 from ray_tracin.cli import app
 from ray_tracin.phantom import write_patients
@@ -472,6 +473,24 @@ def test_the_page_says_how_it_was_made(tiny_run: Run, look: Opener) -> None:
     assert "needs no other file" in told
     page.locator("summary", has_text="Configuration").click()
     assert page.locator("[data-testid=config]").text_content() == tiny_run.config.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("unlabelled", "who"),
+    [
+        (0, "the validation patients"),
+        (1, "the validation patients and the patients without ground truth"),
+        (None, "the patients without ground truth"),
+    ],
+)
+def test_it_says_whose_slices_are_queries(own_run: Run, unlabelled: int | None, who: str) -> None:
+    rows = own_run.query_slices("test")[:unlabelled]
+    table = own_run.slices
+    own_run.store.write_table(
+        "slices.parquet", table.assign(split=table["split"].mask(table["slice"].isin(rows), "test"))
+    )
+    said = dict(choices(open_run(own_run.uri)))["What is explained"]
+    assert said == f"{who}, which the network was not trained on"
 
 
 @pytest.mark.parametrize(
