@@ -127,10 +127,22 @@ class Index(Stage[str]):
         except ValueError as error:
             raise ValueError(f"{error}{left_out}") from None
         result = {"cases": _numbered(inspections, splits), "scheme": [scheme.name, list(scheme.classes.items())]}
+        self._refuse_no_queries(result)
         self._refuse_other_numbers(result)
         store.write_table(paths.SKIPPED, pd.DataFrame(skipped, columns=["case", "path", "reason"]).astype(str))
         self._create_arrays(sum(len(found.indices) for found in inspections), scheme)
         return result
+
+    def _refuse_no_queries(self, result: Result) -> None:
+        """Nothing, unless only test queries are to be explained and there is none, which shows after training else."""
+        config = self.run.config
+        others = any(entry["split"] != "train" for entry in result["cases"].values())
+        if not others and "train" not in config.influence.query_sets:
+            raise UsageError(
+                "influence.query_sets=[test] expects test queries, and there is none: split.validation and split.test "
+                f"are 0, and every case of {config.data.root} that can be used has a segmentation. Give one of the two "
+                "a share, or explain the train slices with influence.query_sets=[train]"
+            )
 
     def _refuse_other_numbers(self, result: Result) -> None:
         """Nothing, unless slices were numbered before, and otherwise: whatever the run holds goes by those numbers."""

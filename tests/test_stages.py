@@ -22,7 +22,7 @@ from ray_tracin.presets import build_config
 from ray_tracin.runs import Run, start_run
 from ray_tracin.runtime import RayExecutor
 from ray_tracin.stages import Event, Executor, Stage, StageError, complete, done_receipts, execute_serially
-from ray_tracin.vocabulary import SliceRange
+from ray_tracin.vocabulary import SliceRange, UsageError
 
 
 @dataclass(frozen=True)
@@ -273,6 +273,23 @@ def test_a_stray_label_value_is_refused_with_a_case_that_has_it_and_mended_by_it
     file.write_bytes(whole)
     assert _inspected(run) == [stray]
     _complete(Index(run), execute_serially)
+
+
+def test_test_queries_alone_are_refused_where_there_is_none(own_patients: Path) -> None:
+    folders, settings = _cases(own_patients), ["split.validation=0", "influence.query_sets=[test]"]
+    overrides = [*TINY, f"data.root={own_patients}", *settings]
+    run = start_run(own_patients.parent / "run", preset="demo", overrides=overrides)
+    _inspected(run)
+    with pytest.raises(
+        UsageError, match=r"query_sets=\[test\] expects test queries, .* split\.validation .* are 0, and"
+    ):
+        _complete(Index(run), execute_serially)
+    next(folders[0].glob("*seg*")).unlink()
+    _inspected(run)
+    _complete(Index(run), execute_serially)
+    receipt = run.store.read_receipt(Index.name, "slices")
+    assert receipt is not None
+    assert receipt.result["cases"][folders[0].name]["split"] == "test", "without ground truth it is a query"
 
 
 @pytest.mark.ray
