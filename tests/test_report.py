@@ -241,6 +241,27 @@ def test_keys_go_through_slices_classes_and_cards(tiny_run: Run, look: Opener) -
     assert page.locator(".chip.chosen").text_content() == "ED"
 
 
+def test_filters_move_no_comparison_to_another_region(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run)
+    line = queried(tiny_run).iloc[0]
+    choose(page, line.patient, line["index"], tiny_run.classes[line["class"] - 1])
+    page.locator("#global").check()
+    page.locator("[data-testid=opponents] > li").nth(1).click()
+    facts = page.locator("#comparison .facts")
+    told = facts.inner_text()
+    assert "Opponent 2" in told
+    page.select_option("#top-k", "5")
+    assert facts.inner_text() == told
+    assert [card["rank"] for card in cards(page, "opponents")] == ["1", "2", "3", "4", "5"]
+    page.select_option("#top-k", "10")
+    page.locator("[data-testid=opponents] > li").nth(8).click()
+    page.select_option("#top-k", "5")
+    assert page.locator("#comparison").is_hidden(), "it is in no list"
+    page.locator("h1").click()
+    page.keyboard.press("ArrowRight")
+    assert "Proponent 1" in facts.inner_text()
+
+
 def canvas(page: Page, which: str) -> np.ndarray:
     """RGBA of a canvas of the first pane."""
     script = """(which) => {

@@ -1,13 +1,13 @@
 // Explain: a region of a query slice, and the train regions for, neither for nor against, and against it.
 
-const CHOICE = { query: 0, classId: 1, card: null };
+const CHOICE = { query: 0, classId: 1, card: null }; // The card by its key: where it is in the lists changes with the filters.
 const LISTS = [
   { key: "proponents", title: "Proponents", text: "pushed the network toward this prediction" },
   { key: "neutral", title: "Neutral", text: "influence nearest to 0; low overlap left out" },
   { key: "opponents", title: "Opponents", text: "pushed it away" },
 ];
 const restingPanes = []; // of cards that went
-let cards = []; // what is shown, in order: {list, column, rank, influence, cosine, element, pane}
+let cards = []; // what is shown, in order: {key, list, column, rank, influence, cosine, element, pane}
 
 const currentSlice = () => DATA.queries[CHOICE.query].slice;
 
@@ -270,7 +270,7 @@ function buildCard(list, entry, score) {
   const slice = columnSlice(entry.column);
   const classId = columnClass(entry.column);
   const pane = restingPanes.pop() || new Pane({ marks: false });
-  const number = cards.length;
+  const key = `${list} ${entry.column}`;
   const sign = { proponents: "+", neutral: "○", opponents: "−" }[list];
   const element = h("li.card", {
     tabindex: 0, title: cardTitle(entry),
@@ -278,11 +278,11 @@ function buildCard(list, entry, score) {
       testid: "card", list, rank: entry.rank, localRank: entry.localRank, influence: entry.influence, cosine: entry.cosine,
       slice: SLICES.row[slice], class: classId, patient: SLICES.patient[slice],
     },
-    onclick: () => chooseCard(number),
+    onclick: () => chooseCard(key),
     onkeydown: (event) => {
       if (event.key !== "Enter" && event.key !== " ") return;
       event.preventDefault();
-      chooseCard(number);
+      chooseCard(key);
     },
   },
   pane.element,
@@ -293,7 +293,7 @@ function buildCard(list, entry, score) {
   h("div.line", {}, h("small", {}, score === "cosine" ? `influence ${shown(entry.influence, 2)}` : `cosine ${fixed(entry.cosine)}`)),
   h("div.marks", {}, cardMarks(slice, classId, entry.column)));
   pane.show(slice, classId);
-  cards.push({ ...entry, list, element, pane, slice, classId });
+  cards.push({ ...entry, key, list, element, pane, slice, classId });
   return element;
 }
 
@@ -319,16 +319,18 @@ function cardMarks(slice, classId, column) {
   return marks;
 }
 
-function chooseCard(number) {
-  CHOICE.card = CHOICE.card === number ? null : number;
+const chosenCard = () => cards.findIndex((card) => card.key === CHOICE.card);
+
+function chooseCard(key) {
+  CHOICE.card = CHOICE.card === key ? null : key;
   showComparison();
 }
 
 function stepCard(step) {
-  if (!cards.length) return;
-  const next = CHOICE.card === null ? (step > 0 ? 0 : cards.length - 1) : CHOICE.card + step;
+  const now = chosenCard();
+  const next = now < 0 ? (step > 0 ? 0 : cards.length - 1) : now + step;
   if (next < 0 || next >= cards.length) return;
-  CHOICE.card = next;
+  CHOICE.card = cards[next].key;
   showComparison();
   cards[next].element.scrollIntoView({ block: "nearest", inline: "nearest" });
 }
@@ -336,9 +338,10 @@ function stepCard(step) {
 // Comparison: query and card side by side in one modality, and all modalities in small below.
 
 function showComparison() {
-  const card = CHOICE.card === null ? undefined : cards[CHOICE.card];
-  for (const [number, one] of cards.entries()) one.element.classList.toggle("chosen", number === CHOICE.card);
-  for (const [number, line] of linkLines().entries()) line.classList.toggle("chosen", number === CHOICE.card);
+  const chosen = chosenCard();
+  const card = cards[chosen];
+  for (const [number, one] of cards.entries()) one.element.classList.toggle("chosen", number === chosen);
+  for (const [number, line] of linkLines().entries()) line.classList.toggle("chosen", number === chosen);
   const box = byId("comparison");
   box.hidden = !card;
   byId("query-panes").hidden = Boolean(card);
@@ -383,7 +386,7 @@ function comparedFacts(card) {
     h("span", {}, "overlap ", h("b", {}, fixed(REGIONS.overlap[place]))),
     h("span", {}, "Dice ", h("b", {}, fixed(sliceDice(card.slice, card.classId)))),
     h("span", {}, linked ? `linked by features ${linked}` : "no predictive feature links the two"),
-    h("button", { id: "close-comparison", title: "Esc", onclick: () => chooseCard(CHOICE.card) }, "Close"));
+    h("button", { id: "close-comparison", title: "Esc", onclick: () => chooseCard(card.key) }, "Close"));
 }
 
 // CSV

@@ -12,7 +12,7 @@ function showLinks() {
 function buildLinks(features) {
   const predictive = new Set(DATA.features.predictive[CHOICE.classId - 1]);
   const isFirst = (number) => number > 0 && cards[number - 1].list !== cards[number].list;
-  const rows = cards.map((_, number) => h(`tr${isFirst(number) ? ".first" : ""}`, { onclick: () => chooseCard(number) },
+  const rows = cards.map((_, number) => h(`tr${isFirst(number) ? ".first" : ""}`, { onclick: () => chooseCard(cards[number]?.key) },
     h("th", { scope: "row" }), features.map(() => h("td"))));
   const note = DATA.features.known
     ? predictive.size ? "Predictive features of this class come first, underlined." : "No feature is predictive for this class."
