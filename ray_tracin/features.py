@@ -94,7 +94,7 @@ def classify_trend(importance: Float[Tensor, " rank"], settings: FeaturesConfig)
     between the ends, and the mean of the first fifth of the ranks and that of the last both lie above (below) that of
     the fifth around the vertex by ``settings.smallest_change``. Else ``linear``: the line is better than the constant
     by the same test and changes by that much over all ranks. Else ``flat``, as are curves of fewer than 8 values.
-    ``dead``: no rank has an importance, because the feature is 0 in all regions.
+    ``dead``: no rank has an importance, because the feature is 0 in all regions that are compared, or none are.
 
     Not done: neighbouring ranks are taken as independent.
     """

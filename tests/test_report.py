@@ -496,6 +496,22 @@ def test_the_page_says_how_it_was_made(tiny_run: Run, look: Opener) -> None:
     assert page.locator("[data-testid=config]").text_content() == tiny_run.config.to_yaml()
 
 
+def test_features_that_are_not_measured_are_not_called_silent(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run, "model")
+    trends = tiny_run.table("feature_trends").query("train_class == 0")
+    kinds = set()
+    for class_id, mine in trends.groupby("query_class"):
+        page.select_option("#feature-class", str(class_id))
+        text = page.locator(".features").inner_text()
+        measured = not (mine.trend == "dead").all()
+        kinds.add(measured)
+        assert text.count("silent in all compared regions") == (mine.trend == "dead").sum() * measured
+        assert text.count("not measured") == (0 if measured else len(mine) + 1)
+        assert (f"for {tiny_run.classes[class_id - 1]} was not measured: there is no test query" in text) != measured
+        assert ("dead" in text) == (measured and (mine.trend == "dead").any())
+    assert kinds == {True, False}
+
+
 @pytest.mark.parametrize(
     ("unlabelled", "who"),
     [

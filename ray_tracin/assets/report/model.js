@@ -138,19 +138,25 @@ function featureTable(model) {
     const classId = Number(select.value);
     const lines = model.trends.filter((line) => line.query_class === classId)
       .sort((a, b) => b.predictive - a.predictive || (b.importance_first ?? -1) - (a.importance_first ?? -1));
+    // Where no feature has a curve no regions were compared; where some have, the others are silent.
+    const measured = model.curves.some((curve) => curve.class === classId);
     const none = !lines.some((line) => line.predictive);
-    body.replaceChildren(none ? message(`No feature is predictive for ${className(classId)}.`) : "",
-      h("div.feature-grid", {}, lines.map((line) => featureCard(model, line, classId))));
+    body.replaceChildren(none ? message(measured ? `No feature is predictive for ${className(classId)}.` : notMeasured(classId)) : "",
+      h("div.feature-grid", {}, lines.map((line) => featureCard(model, line, classId, measured))));
   };
   show();
   return panel(title, `How similar query and train region are in a feature (eq. 8), from the first proponent to the last opponent. Predictive: U-shaped, or falling, and above ${DATA.features.threshold} at the first proponent. Impact: loss of Dice where the feature is masked (eq. 9).`,
     h("label", {}, "Class of the query ", select), body);
 }
 
-function featureCard(model, line, classId) {
+const notMeasured = (classId) => `How important features are for ${className(classId)} was not measured: there is no test query ` +
+  "of this class with a gradient, or no train region left to compare with it (global explainers are left out).";
+
+function featureCard(model, line, classId, measured) {
   const curve = model.curves.find((one) => one.class === classId && one.feature === line.feature);
   const impact = model.impact.find((one) => one.class === classId && one.feature === line.feature);
-  const trend = line.trend === "linear" ? (line.slope < 0 ? "falling" : "rising") : TRENDS[line.trend];
+  const fitted = line.trend === "linear" ? (line.slope < 0 ? "falling" : "rising") : TRENDS[line.trend];
+  const trend = measured ? fitted : "";
   const about = line.predictive ? "predictive" : "";
   const corner = h("span", { dataset: { testid: "curve-value" } }, about);
   const tell = (place) => {
@@ -158,7 +164,7 @@ function featureCard(model, line, classId) {
   };
   return h(`div.feature${line.predictive ? ".predictive" : ""}`, { dataset: { feature: line.feature } },
     h("div.line", {}, h("b", {}, `feature ${line.feature}`), corner),
-    curve ? sparkline(curve, tell) : message("silent in all regions"),
+    curve ? sparkline(curve, tell) : message(measured ? "silent in all compared regions" : "not measured"),
     h("div.line", {}, h("span", {}, trend), h("span", { title: "importance at the first proponent" }, `first ${fixed(line.importance_first)}`)),
     h("div.line", {}, impact ? `impact ${fixed(impact.impact, 3)}` : ""));
 }
