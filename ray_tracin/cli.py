@@ -38,7 +38,7 @@ from ray_tracin.pipeline import STEPS, Executors, index_sketches, is_prepared, r
 from ray_tracin.planning import measure, plan_run
 from ray_tracin.progress import progress
 from ray_tracin.querying import EXACT, explain_scan
-from ray_tracin.report import RenderReport, discard_other_report, refuse_wrong_queries
+from ray_tracin.report import RenderReport, discard_other_report, read_queries, refuse_wrong_queries
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor, cluster, write_phantoms
 from ray_tracin.stages import Listener, Report, Stage
@@ -197,7 +197,11 @@ def step_command(step: str, before: Callable[[Run], None] | None = None) -> Call
 def report_command(  # noqa: PLR0913, PLR0917
     run: RunOption,
     queries: Annotated[
-        str | None, typer.Option(help="Slices to explain: all, a number, or a list such as PATIENT_A,PATIENT_B:38.")
+        str | None,
+        typer.Option(
+            help="Slices to explain: all, a number, or a list such as PATIENT_A,PATIENT_B:38; a patient of that very "
+            'name comes first. Any names: --set \'report.queries=["12", "A, B:38"]\'.'
+        ),
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Proponents and opponents shown at first.")] = None,
     images: Annotated[bool | None, typer.Option(help="Whether pictures of patients are in it.")] = None,
@@ -208,18 +212,18 @@ def report_command(  # noqa: PLR0913, PLR0917
     debug: DebugOption = False,
 ) -> None:
     """Render the page for readers. Renders again where the options differ from those it was rendered with."""
-    asked = {"queries": _asked_queries(queries), "top_k": top_k, "images": images}
-    options = [f"report.{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
-    everything = [*(overrides or []), *options]
     with _failing_clearly(debug), _configuring(debug):
+        wanted = None if queries is None else read_queries(queries, run)
+        asked = {"queries": wanted, "top_k": top_k, "images": images}
+        # JSON would escape what is beyond 16 bits as two characters, and YAML, which reads this, take them for two.
+        options = [
+            f"report.{name}={json.dumps(value, ensure_ascii=False)}"
+            for name, value in asked.items()
+            if value is not None
+        ]
+        everything = [*(overrides or []), *options]
         refuse_wrong_queries(start_run(run, preset=preset, config=config, overrides=everything))
     step_command("report", discard_other_report)(run, config, preset, everything, address, debug)
-
-
-def _asked_queries(text: str | None) -> str | int | list[str] | None:
-    if text is None or text == "all":
-        return text
-    return int(text) if text.isdecimal() else [name.strip() for name in text.split(",")]
 
 
 def job(step: str) -> None:

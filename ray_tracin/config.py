@@ -256,7 +256,7 @@ class ReportConfig(Section):
 
     queries: Literal["all"] | PositiveInt | tuple[str, ...] = speed_only("all")
     """Which slices are explained: ``all`` test queries, so many of them (spread over the patients), or a list of
-    patients (or cases) and ``patient:index``, of any query set."""
+    patients (or cases) and ``patient:index``, of any query set; in quotes where YAML would read a number."""
     top_k: PositiveInt = speed_only(10)
     """Proponents, neutral regions and opponents that are shown at first."""
     images: bool = speed_only(True)

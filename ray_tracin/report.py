@@ -31,7 +31,7 @@ from ray_tracin.dossier import (
     shown_slices,
     slice_pictures,
 )
-from ray_tracin.runs import Run
+from ray_tracin.runs import Run, open_run
 from ray_tracin.stages import Result, Stage
 from ray_tracin.store import IncompleteRunError, Receipt
 
@@ -71,6 +71,29 @@ class RenderReport(Stage[str]):
             return {"options": _options(self.run), "bytes": size}
 
         return render
+
+
+def read_queries(text: str, uri: str) -> str | int | list[str]:
+    """What ``report.queries`` is in the words of a command: ``all``, a number, or names with commas between them.
+
+    A patient or case of the run that has this very name comes first, once slices are cut: it may be a number, or hold
+    a comma. So does ``patient:index``. What isn't written as numbers are, such as 007, is a name.
+    """
+    if text == "all":
+        return text
+    if {text, text.rpartition(":")[0]} & _names(uri):
+        return [text]
+    is_number = text.isdecimal() and str(int(text)) == text
+    return int(text) if is_number else [name.strip() for name in text.split(",")]
+
+
+def _names(uri: str) -> set[str]:
+    """The patients and cases of a run."""
+    try:
+        table = open_run(uri).slices
+    except (IncompleteRunError, OSError, ValueError):
+        return set()  # There is no run yet, or none that goes on; or the slices are yet to be cut.
+    return {*table["patient"], *table["case"]}
 
 
 def refuse_wrong_queries(run: Run) -> None:

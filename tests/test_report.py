@@ -730,6 +730,31 @@ def test_a_name_that_is_no_query_is_refused(tiny_run: Run) -> None:
         RenderReport(start_run(tiny_run.uri, overrides=[f"report.queries=['{row.patient}:999']"])).open()("index")
 
 
+@pytest.mark.parametrize(
+    ("text", "queries"),
+    [
+        ("all", "all"),
+        ("3", 3),
+        ("12", ("12",)),
+        ("007", ("007",)),
+        ("Doe, Jo", ("Doe, Jo",)),
+        ("Doe, Jo:12", ("Doe, Jo:12",)),
+        ("12, 007:12", ("12", "007:12")),
+        ("𠮷田 é", ("𠮷田 é",)),
+    ],
+)
+def test_any_patients_name_can_be_asked_for(
+    own_run: Run, monkeypatch: pytest.MonkeyPatch, text: str, queries: str | int | tuple[str, ...]
+) -> None:
+    renamed = dict(zip(own_run.slices["patient"].unique(), ["12", "007", "Doe, Jo", "𠮷田 é"], strict=False))
+    rewrite(own_run, "slices.parquet", lambda table: table.replace({"patient": renamed}))
+    given: list[str] = []
+    monkeypatch.setattr("ray_tracin.cli.step_command", lambda *_: lambda *arguments: given.extend(arguments[3]))
+    done = CliRunner().invoke(app, ["report", "--run", own_run.uri, "--queries", text])
+    assert done.exit_code == 0, done.output
+    assert start_run(own_run.uri, overrides=given).config.report.queries == queries
+
+
 def test_a_wrong_name_costs_no_work_but_that_of_the_slices(patients: Path, tmp_path: Path) -> None:
     settings = [*TINY, f"data.root={patients}", "report.queries=[nobody]"]
     run = start_run(tmp_path / "run", preset="demo", overrides=settings)
