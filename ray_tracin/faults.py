@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 
+from ray_tracin.nifti import ReadError
 from ray_tracin.stages import Stage, StageError, out_of_memory
 
 SHOWN_FAILURES = 5
@@ -77,7 +78,7 @@ def cause_of(error: RayTaskError) -> BaseException:
 
 def repeats(error: BaseException) -> bool:
     """Whether doing the key again would fail again: what the user must mend, or storage that is full."""
-    return isinstance(error, ValueError | OSError) and not isinstance(error, TimeoutError | RayError)
+    return isinstance(error, ValueError | OSError) and not isinstance(error, TimeoutError | RayError | ReadError)
 
 
 def device_failed(error: BaseException) -> bool:

@@ -44,6 +44,7 @@ def export_label_maps(run: Run, out: Path, patient: str | None = None) -> Iterat
     Raises:
         UsageError: there is no such patient, or the folder is a file.
         ValueError: the original file, which has the orientation, is gone or another one.
+        OSError: it can't be read.
         FileNotFoundError: the network is not trained yet.
         IncompleteRunError: its regions are not mapped yet.
     """
@@ -68,6 +69,7 @@ def label_map(run: Run, case: str, planes: UInt8[np.ndarray, "slice h w"]) -> by
 
     Raises:
         ValueError: the original file is gone, or is not the one that was cut.
+        OSError: it can't be read.
     """
     _, _, indices = case_slices(run, case)
     grid = _original_grid(run, case)

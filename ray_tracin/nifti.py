@@ -1,12 +1,16 @@
 """NIfTI files: one file → a 3D array with its affine, and that array turned to LPS; label maps back on a file's grid.
 
 The one idea: the bytes decide, never the name. What claims to be gzip and isn't, was cut off in a download, or holds no
-volume is a `VolumeError` of one line. This module knows neither modalities nor labels nor examinations.
+volume is a `VolumeError` of one line. Bytes that can't be had decide nothing: that is an `OSError`. This module knows
+neither modalities nor labels nor examinations.
 """
 
 import gzip
 import math
+import socket
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,10 @@ class VolumeError(ValueError):
     """An examination can't be used; one line with the file, what was expected, what was found, what to do."""
 
 
+class ReadError(OSError):
+    """A disk or a mount failed under a file: it may pass, and says nothing of what is in the file."""
+
+
 @dataclass(frozen=True)
 class Scan:
     """One file as stored: voxels after the header's scaling, affine voxel → world (RAS, mm).
@@ -50,8 +58,9 @@ def load_scan(path: Path) -> Scan:
     """The 3D volume of a NIfTI-1 or NIfTI-2 file, gzipped or not by its first bytes; trailing axes of 1 are dropped.
 
     Raises:
-        VolumeError: the file is missing, empty, truncated, no NIfTI file or not 3D; a voxel is not finite; or the
-            affine doesn't orient three axes.
+        VolumeError: the file is empty, truncated, no NIfTI file or not 3D; a voxel is not finite; or the affine doesn't
+            orient three axes.
+        OSError: as `reading`.
     """
     image, voxels = _decoded(path)
     stated = bool(image.header["sform_code"] or image.header["qform_code"])
@@ -99,7 +108,7 @@ def load_grid(path: Path) -> Grid:
     """The grid of a 3D NIfTI file.
 
     Raises:
-        VolumeError: as `load_scan`.
+        VolumeError, OSError: as `load_scan`.
     """
     image, voxels = _decoded(path)
     a, b, c = _three_axes(voxels, path).shape
@@ -166,14 +175,35 @@ def align(scan: Scan, reference: Scan) -> tuple[Voxels, str | None]:
     return own if near else reorient(scan.voxels, reference.affine)[0], warning
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Tells errors of the system in one line: which file, where, why, what to do.
+
+    Raises:
+        VolumeError: there is a folder in place of the file.
+        FileNotFoundError, NotADirectoryError, PermissionError: for the user to mend.
+        ReadError: whatever else the system says, which may pass.
+    """
+    try:
+        yield
+    except IsADirectoryError:
+        raise VolumeError(f"{path}: expected a file, found a folder: put the file in its place") from None
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise type(error)(
+            f"{path}: can't be read ({error.strerror}): check that the file is there, and that the user that runs this "
+            "may read it"
+        ) from None
+    except OSError as error:
+        raise ReadError(
+            f"{path}: can't be read on {socket.gethostname()} ({error.strerror}): check its disk or mount, or put "
+            "another copy there, and run the same command again"
+        ) from None
+
+
 def _content(path: Path) -> bytes:
     """The bytes of the file, unzipped if they are gzip."""
-    try:
+    with reading(path):
         data = path.read_bytes()
-    except OSError as error:
-        raise VolumeError(
-            f"{path}: can't be read ({error.strerror}): check that the file is there and readable"
-        ) from None
     if not data:
         raise VolumeError(f"{path}: expected a NIfTI file, found 0 bytes: download it again")
     if not data.startswith(GZIP_MAGIC):

@@ -2,12 +2,14 @@
 
 Every volume is read twice, once to be sure that it can be read and to collect its label values, once to be cut: only
 the union of label values over the whole data set says what a label means, and rows can only be numbered once it is
-known which cases there are. A case that can't be read is a row of ``skipped.parquet``.
+known which cases there are. A case whose files hold no usable volumes is a row of ``skipped.parquet``; one whose bytes
+can't be had is an error, as it may be sound.
 """
 
 import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +20,7 @@ import pandas as pd
 
 from ray_tracin import store as paths
 from ray_tracin.folders import Case, decide_dialect, find_cases
-from ray_tracin.nifti import VolumeError
+from ray_tracin.nifti import VolumeError, reading
 from ray_tracin.runs import Run
 from ray_tracin.stages import Result, Stage
 from ray_tracin.store import Array, IncompleteRunError, Receipt
@@ -315,8 +317,12 @@ def _slice_rows(entry: Mapping[str, Any], counted: Mapping[str, Result]) -> list
 
 def _states(case: Case) -> dict[str, list[int]]:
     """Size and time of the last change of every file of a case; without those that aren't there."""
-    states = {str(path): path.stat() for path in _files(case) if path.exists()}
-    return {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}
+    states: dict[str, list[int]] = {}
+    for path in _files(case):
+        with suppress(FileNotFoundError, NotADirectoryError), reading(path):
+            state = path.stat()
+            states[str(path)] = [state.st_size, state.st_mtime_ns]
+    return states
 
 
 def _files(case: Case) -> list[Path]:

@@ -146,8 +146,9 @@ def explain_scan(
 
     Raises:
         UsageError: no such index, or no gradient shards.
-        ValueError: no region, or a scan that can't be read.
+        ValueError: no region, or a scan that can't be used.
         FileNotFoundError: nothing is at ``source``.
+        OSError: a file of the scan can't be read.
     """
     size = pick_index(run, size)
     scan = read_scan(run, source, indices)

@@ -109,8 +109,9 @@ def load_volume(case: Case) -> Volume:
     1e-3 the first one is trusted and a warning says so. Nothing is resampled, normalised or cropped.
 
     Raises:
-        VolumeError: a file is missing, empty, truncated or no 3D NIfTI; shapes differ; a voxel is not finite; a
-            modality has no positive voxel; a label is negative or no integer.
+        VolumeError: a file is empty, truncated or no 3D NIfTI; shapes differ; a voxel is not finite; a modality has no
+            positive voxel; a label is negative or no integer.
+        OSError: a file can't be read.
     """
     warnings = list(case.notes)
     scans = {name: load_scan(path) for name, path in case.modalities.items()}
@@ -138,6 +139,7 @@ def inspect_case(case: Case, config: DataConfig) -> Inspection:
 
     Raises:
         VolumeError: as `load_volume`, and where the slices asked for can't be chosen, cropped or scaled.
+        OSError: as `load_volume`.
     """
     volume = load_volume(case)
     indices = choose_slices(volume, config.slices)

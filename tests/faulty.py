@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ray_tracin.gradients import NonFiniteGradientError
+from ray_tracin.nifti import ReadError
 from ray_tracin.stages import Result, Stage
 from ray_tracin.vocabulary import SliceRange
 
@@ -119,6 +120,7 @@ def _fill_memory() -> None:
 TROUBLES: dict[str, Callable[[], Any]] = {
     "value": lambda: _raise(ValueError("expected a number that can be squared")),
     "error": lambda: _raise(RuntimeError("the device is lost")),
+    "unread": lambda: _raise(ReadError("the disk did not answer")),
     # Not made of its text alone: it can be pickled, and not unpickled.
     "special": lambda: _raise(NonFiniteGradientError(1, 2, "head")),
     "device": _break_device,

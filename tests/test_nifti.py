@@ -1,13 +1,16 @@
 """NIfTI files: the bytes decide, anatomy survives any storage order, and every broken file is one clear line."""
 
+import errno
 import gzip
+import os
+import socket
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from ray_tracin.nifti import VolumeError, align, load_scan, reorient
+from ray_tracin.nifti import ReadError, VolumeError, align, load_grid, load_scan, reorient
 
 SHAPE = (4, 5, 6)
 LPS = np.array([[-1.0, 0, 0, 3], [0, -1, 0, 4], [0, 0, 1, 0], [0, 0, 0, 1]])
@@ -110,10 +113,36 @@ def test_broken_files_are_one_line(tmp_path: Path, content: bytes, expected: str
     assert text.startswith(expected) if expected.endswith(("(", ": ")) else text == expected
 
 
-def test_a_missing_file_and_a_folder_are_one_line(tmp_path: Path) -> None:
-    expected = "check that the file is there and readable"
-    assert reason(tmp_path / "gone.nii") == f"can't be read (No such file or directory): {expected}"
-    assert reason(tmp_path) == f"can't be read (Is a directory): {expected}"
+def test_a_folder_in_place_of_a_file_is_one_line(tmp_path: Path) -> None:
+    assert reason(tmp_path) == "expected a file, found a folder: put the file in its place"
+
+
+MEND = "check that the file is there, and that the user that runs this may read it"
+WAIT = "check its disk or mount, or put another copy there, and run the same command again"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "expected"),
+    [
+        (errno.ENOENT, FileNotFoundError, f"can't be read (No such file or directory): {MEND}"),
+        (errno.EACCES, PermissionError, f"can't be read (Permission denied): {MEND}"),
+        (errno.EIO, ReadError, f"can't be read on {socket.gethostname()} (Input/output error): {WAIT}"),
+        (errno.ESTALE, ReadError, f"can't be read on {socket.gethostname()} (Stale file handle): {WAIT}"),
+        (errno.EMFILE, ReadError, f"can't be read on {socket.gethostname()} (Too many open files): {WAIT}"),
+    ],
+)
+def test_bytes_that_cannot_be_had_say_nothing_of_the_volume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[OSError], expected: str
+) -> None:
+    def fail(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    for load in (load_scan, load_grid):
+        with pytest.raises(OSError) as caught:
+            load(tmp_path / "x.nii")
+        assert type(caught.value) is kind
+        assert str(caught.value) == f"{tmp_path / 'x.nii'}: {expected}"
 
 
 def test_a_header_without_orientation_is_told(tmp_path: Path) -> None:

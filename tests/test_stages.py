@@ -1,5 +1,7 @@
 """The laws of stages: each key once, resumed where it stopped, damage done again, errors kept in their place."""
 
+import errno
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from ray_tracin import stages
 from ray_tracin import store as paths
 from ray_tracin.integrity import verify
 from ray_tracin.learning import Train
+from ray_tracin.nifti import ReadError
 from ray_tracin.pipeline import Executors, run_to
 from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices, usable_cases
 from ray_tracin.presets import build_config
@@ -246,6 +249,29 @@ def test_a_case_that_is_deleted_before_slices_are_numbered_is_forgotten(own_pati
     assert run.table("skipped").empty
 
 
+@pytest.mark.parametrize("asked", ["read_bytes", "stat"])
+def test_a_case_whose_disk_fails_for_a_moment_is_not_skipped(
+    own_patients: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    folders, run = _cases(own_patients), _start_on(own_patients)
+    sound, stage = getattr(Path, asked), Inspect(run)
+    keys = stage.keys()
+
+    def fail(path: Path, **settings: Any) -> Any:
+        if path.name.endswith("_t1.nii.gz"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return sound(path, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, asked, fail)
+        with pytest.raises(
+            ReadError, match=r"_t1\.nii\.gz: can't be read on .* \(Input/output error\): check its disk"
+        ):
+            execute_serially(stage, keys, lambda key, attempt=None: None)
+    assert _inspected(run) == [folder.name for folder in folders]
+    assert usable_cases(run)[1] == []
+
+
 def test_a_node_that_does_not_see_the_patients_fails_and_skips_none(own_patients: Path) -> None:
     folders, run = _cases(own_patients), _start_on(own_patients)
     stage = Inspect(run)
@@ -340,6 +366,14 @@ def test_failed_keys_are_listed_with_their_reasons_and_the_others_done(
     assert "000008-000010: RuntimeError: the device is lost" in message
     assert len(done_receipts(stage)) == 4
     assert (stage.tries(0), stage.tries(8)) == (1, 3)  # what repeats is tried once, what may pass three times
+
+
+@pytest.mark.ray
+def test_a_disk_that_fails_for_a_moment_is_asked_again(local_cluster: str, run: Run, attempts: Path) -> None:
+    stage = Square(run, attempts, {4: "unread"})
+    events = _complete_on_ray(stage)
+    assert [event.detail for event in events if event.kind == "again"] == ["error: the disk did not answer"]
+    assert stage.tries(4) == 2
 
 
 @pytest.mark.ray
