@@ -121,7 +121,9 @@ class Passes:
             tied.register_hook(partial(self._take, unit, number, place))
         return tied
 
-    def _take(self, unit: Unit, number: int, place: int, output_gradient: Tensor) -> None:
+    def _take(self, unit: Unit, number: int, place: int, output_gradient: Tensor | None) -> None:
+        if output_gradient is None:
+            return  # An operation of the network's own gives this input none, which means 0.
         segment, call = self._segments[unit.name], self._calls[unit.name][number]
         if segment.form == "factors":
             self._add(segment, output_gradient.reshape(len(self._values), -1))

@@ -51,9 +51,9 @@ class InPlace(nn.Module):
 
 
 class Overwriting(nn.Module):
-    def __init__(self):
+    def __init__(self, channels=6):
         super().__init__()
-        self.gain = nn.Parameter(torch.rand(6, 1, 1))
+        self.gain = nn.Parameter(torch.rand(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x.add_(0.3) * self.gain
@@ -149,6 +149,30 @@ class Windows(nn.Module):
         return F.fold(self.out(tiles).unflatten(0, (len(x), -1)).mT, x.shape[2:], 4, stride=4)
 
 
+class OneSided(nn.Module):
+    """An operation that gives one of its inputs, made by three kinds of layers, no gradient: it is 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.gate = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), Overwriting(4))
+        self.head = nn.Conv2d(4, CLASSES + 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(_Gated.apply(torch.tanh(self.stem(x)), self.gate(x)))
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(context, values, gate):
+        context.save_for_backward(gate)
+        return values * gate
+
+    @staticmethod
+    def backward(context, upstream):
+        return upstream * context.saved_tensors[0], None
+
+
 def one_dimension():
     return nn.Sequential(
         nn.Conv1d(2, 8, 3, padding=2, dilation=2), nn.ReLU(), nn.ConvTranspose1d(8, 6, 3, 1, 1), nn.Conv1d(6, 3, 1)
@@ -241,6 +265,7 @@ NETWORKS = {
     "in place": (InPlace, (8, 8)),
     "unfamiliar": (Unfamiliar, (8, 8)),
     "shared": (Shared, (8, 8)),
+    "one-sided": (OneSided, (8, 8)),
     "tokens": (Tokens, (4, 4)),
     "tokens first": (lambda: Tokens(batch_first=False), (4, 4)),
     "windows": (Windows, (8, 8)),
