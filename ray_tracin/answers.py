@@ -122,11 +122,10 @@ def scan_lines(found: ScanExplanation) -> Iterator[str]:
 
 
 def _named(ranking: pd.DataFrame) -> Iterator[str]:
-    return (
-        f"{line.influence:+.3g} {line.patient}, slice {line.train_index}, {line.train_class}"
-        + (" (global explainer)" if line.is_global else "")
-        for line in ranking.itertuples()
-    )
+    for line in ranking.to_dict("records"):
+        score = line["cosine" if line["ranked_by"] == "cosine" else "influence"]
+        mark = " (global explainer)" if line["is_global"] else ""
+        yield f"{score:+.3g} {line['patient']}, slice {line['train_index']}, {line['train_class']}{mark}"
 
 
 def write_ranking(ranking: pd.DataFrame, path: Path) -> None:

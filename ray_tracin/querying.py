@@ -23,7 +23,7 @@ from ray_tracin.attribution import (
 )
 from ray_tracin.config import DataConfig, SliceSelection
 from ray_tracin.devices import device_here
-from ray_tracin.explainers import NONE, above_zero, first_places, without_zeros
+from ray_tracin.explainers import NONE, above_zero, first_places, gradient_norms
 from ray_tracin.explaining import global_columns
 from ray_tracin.folders import Case, find_cases
 from ray_tracin.indexing import agreement_path, indexed_kernel, indexed_sizes, sketcher
@@ -44,6 +44,7 @@ from ray_tracin.regions import (
     whole_slices,
 )
 from ray_tracin.runs import FINAL, Run
+from ray_tracin.scores import ClassScores, class_scores, train_norm
 from ray_tracin.store import IncompleteRunError
 from ray_tracin.tiling import ShardReader, fitting_kernel
 from ray_tracin.vocabulary import UsageError, checkpoint_name, ranges
@@ -75,11 +76,11 @@ class ScanExplanation:
     """A row a region: case, index, class_id, class_name, pixels, overlap, dice, labelled, warnings, in_tensor (not
     where the regions of a checkpoint are its own, and one doesn't predict it)."""
     ranking: pd.DataFrame
-    """A row a region, side (proponent or opponent) and rank: case, index and class_id of the region; influence; and of
-    the train region train_slice, patient, train_index, train_class_id, train_class, overlap, is_global. As in
-    `explanation`, the rank is that among all train regions, global explainers included. ``query_labelled``: whether the
-    slice has ground truth, else the network's prediction stood in for it; ``sketch_size``: of the index, 0 where the
-    influence is exact."""
+    """A row a region, side (proponent or opponent) and rank: case, index and class_id of the region; influence and
+    cosine; and of the train region train_slice, patient, train_index, train_class_id, train_class, overlap, is_global.
+    As in `explanation`, the rank is that among all train regions, global explainers included. ``query_labelled``:
+    whether the slice has ground truth, else the network's prediction stood in for it; ``ranked_by``: raw or cosine, as
+    ``explainers.score``; ``sketch_size``: of the index, 0 where the influence is exact."""
     size: int
     """Of the sketches, 0 where the influence is exact."""
     agreement: pd.DataFrame
@@ -88,6 +89,8 @@ class ScanExplanation:
     """How many global explainers are not in the rankings, by class."""
     without: tuple[str, ...] = ()
     """Cases on whose slices the network predicts no region."""
+    ranked_by: str = "raw"
+    """``raw`` influence or ``cosine``, as the run's own rankings."""
 
     @property
     def notes(self) -> list[str]:
@@ -114,6 +117,8 @@ class ScanExplanation:
         if self.left_out:
             counts = ", ".join(f"{count} of {name}" for name, count in self.left_out.items())
             found.append(f"global explainers are left out ({counts}); --keep-global keeps them")
+        if self.ranked_by == "cosine":
+            found.append("ranked by cosine, the influence without the lengths of the gradients (explainers.score)")
         if self.size:
             found.append(f"influence is estimated by sketches of size {self.size}; {_worth(self.agreement)}")
         return found
@@ -142,15 +147,16 @@ def explain_scan(
     ``source`` is a folder of one examination or several, or a CSV file, as ``data.root``. ``size`` picks an index
     (the largest without it), `EXACT` the gradient shards of the run; ``indices`` picks slices instead of the run's own
     selection. Proponents are above 0 and opponents below. Global explainers of the run, which explain everything alike,
-    are left out unless ``keep_global``.
+    are left out unless ``keep_global``. ``explainers.score`` decides which number ranks, as in the run.
 
     Raises:
         UsageError: no such index, or no gradient shards.
         ValueError: no region, or a scan that can't be used.
+        IncompleteRunError: the tensor of the run is not computed yet.
         FileNotFoundError: nothing is at ``source``.
         OSError: a file of the scan can't be read.
     """
-    size = pick_index(run, size)
+    size, of_train = pick_index(run, size), train_norm(run)
     scan = read_scan(run, source, indices)
     if not bool(_regions(run, scan).any()):
         threshold = run.config.regions.threshold
@@ -158,15 +164,17 @@ def explain_scan(
             f"the network predicts no class with more than {threshold:.0%} confidence on the {len(scan.images)} slices "
             f"of {source}, so there is nothing to explain: look at the images and their modalities, or name --index"
         )
-    influence = scan_influence(run, scan, size)
+    influence, norms = scan_influence(run, scan, size)
+    scores = [class_scores(run, one + 1, influence[one], norms[one], of_train) for one in range(len(run.classes))]
     agreement = run.store.read_table(agreement_path(size)) if size else pd.DataFrame()
     regions, is_global = _region_table(run, scan, influence), global_explainers(run)
     left_out = is_global & (not keep_global)
     counts = {name: int(left_out[place].sum()) for place, name in enumerate(run.classes)}
     told = {name: count for name, count in counts.items() if count and name in set(regions["class_name"])}
-    ranking = _rankings(run, scan, influence, is_global, left_out, k).assign(sketch_size=np.int32(size))
+    about = {"ranked_by": run.config.explainers.score, "sketch_size": np.int32(size)}
+    ranking = _rankings(run, scan, scores, is_global, left_out, k).assign(**about)
     without = tuple(sorted(set(scan.table["case"]) - set(regions["case"])))
-    return ScanExplanation(regions, ranking, size, agreement, told, without)
+    return ScanExplanation(regions, ranking, size, agreement, told, without, run.config.explainers.score)
 
 
 def pick_index(run: Run, size: int | None) -> int:
@@ -240,9 +248,12 @@ def _logits(run: Run, network: str, images: Tensor) -> Tensor:
     return torch.cat(parts).clone()
 
 
-def scan_influence(run: Run, scan: NewScan, size: int) -> Tensor:
-    """The influence (class, slice, column) of every train region on every region of a scan (eq. 6)."""
-    kernels = []
+def scan_influence(run: Run, scan: NewScan, size: int) -> tuple[Tensor, Tensor]:
+    """The influence (class, slice, column) of every train region on every region of a scan (eq. 6).
+
+    And the gradient norms (class, slice) of these, estimated as the influence is.
+    """
+    kernels, norm2 = [], []
     for epoch in run.config.influence_epochs():
         masks = _masks(run, scan, epoch)
         engine = differentiator(run, epoch, device_here(run))
@@ -251,11 +262,14 @@ def scan_influence(run: Run, scan: NewScan, size: int) -> Tensor:
         rows = torch.cat([engine.differentiate(*batch).values for batch in batches])
         exists = region_pixels(masks) > 0
         if size == EXACT:
-            kernels.append(_exact_kernel(run, engine.layout, epoch, rows, exists))
+            kernel, squares = _exact_kernel(run, engine.layout, epoch, rows, exists)
         else:
             sketches = sketcher(run, engine.layout, epoch, size).sketch(rows).cpu()
-            kernels.append(indexed_kernel(run, size, epoch, sketches, exists))
-    return sum_checkpoints(torch.stack(kernels), run.learning_rates)
+            kernel, squares = indexed_kernel(run, size, epoch, sketches, exists), sketches.square().sum(2).mT
+        kernels.append(kernel)
+        norm2.append(squares)
+    rates = run.learning_rates
+    return sum_checkpoints(torch.stack(kernels), rates), gradient_norms(torch.stack(norm2), rates)
 
 
 def _masks(run: Run, scan: NewScan, epoch: int) -> Tensor:
@@ -266,14 +280,15 @@ def _masks(run: Run, scan: NewScan, epoch: int) -> Tensor:
     return region_masks(_logits(run, checkpoint_name(epoch), scan.images), run.config.regions.threshold)
 
 
-def _exact_kernel(run: Run, layout: Layout, epoch: int, rows: Tensor, exists: Tensor) -> Tensor:
-    size, blocks = EXPANDED_VALUES[rows.device.type], []
+def _exact_kernel(run: Run, layout: Layout, epoch: int, rows: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel (class, slice, column) of a checkpoint, and the squared norms (class, slice) of the rows."""
+    size, precision, blocks = EXPANDED_VALUES[rows.device.type], run.config.gradients.precision, []
     for start, stop in ranges(len(run.train_slices), run.config.influence.tile_slices):
         train = ShardReader(run, epoch, "train", (start, stop), layout, rows.device)
-        (kernel, _), size = fitting_kernel(layout, partial(_part, rows), train, run.config.gradients.precision, size)
+        (kernel, norm2), size = fitting_kernel(layout, partial(_part, rows), train, precision, size)
         blocks.append(kernel)
     train_exists = torch.from_numpy(region_exists(run, run.train_slices, epoch))
-    return train_columns(without_absent(torch.cat(blocks, dim=3).cpu(), exists, train_exists))
+    return train_columns(without_absent(torch.cat(blocks, dim=3).cpu(), exists, train_exists)), norm2.cpu()
 
 
 def _part(rows: Tensor, segment: Segment) -> Tensor:
@@ -300,13 +315,15 @@ def _region_table(run: Run, scan: NewScan, influence: Tensor) -> pd.DataFrame:
     )
 
 
-def _rankings(run: Run, scan: NewScan, influence: Tensor, is_global: Tensor, left_out: Tensor, k: int) -> pd.DataFrame:
+def _rankings(
+    run: Run, scan: NewScan, scores: Sequence[ClassScores], is_global: Tensor, left_out: Tensor, k: int
+) -> pd.DataFrame:
     train = _train_table(run)
-    ranked = torch.stack([without_zeros(queries) for queries in influence])
     frames = []
-    for class_id, position in _existing(influence):
-        scores = ranked[class_id - 1, position : position + 1]
-        for side, key in (("proponent", scores), ("opponent", -scores)):
+    for class_id, position in _existing(scores):
+        mine = scores[class_id - 1]
+        ranked = mine.ranked[position : position + 1]
+        for side, key in (("proponent", ranked), ("opponent", -ranked)):
             places = first_places(above_zero(key), left_out[class_id - 1], k)[0]
             ranks = (places != NONE).nonzero()[:, 0]
             columns = places[ranks]
@@ -317,12 +334,13 @@ def _rankings(run: Run, scan: NewScan, influence: Tensor, is_global: Tensor, lef
                 class_name=run.classes[class_id - 1],
                 side=side,
                 rank=(ranks + 1).numpy(),
-                influence=scores[0, columns].numpy(),
+                influence=mine.influence[position, columns].numpy(),
+                cosine=mine.cosine[position, columns].numpy(),
                 is_global=is_global[class_id - 1, columns].numpy(),
                 query_labelled=bool(scan.table["labelled"].iloc[position]),
             )
             frames.append(frame)
-    first = ["case", "index", "class_id", "class_name", "side", "rank", "influence"]
+    first = ["case", "index", "class_id", "class_name", "side", "rank", "influence", "cosine"]
     names = [*first, *train.columns, "is_global", "query_labelled"]
     return pd.concat(frames, ignore_index=True)[names] if frames else pd.DataFrame(columns=names)
 
@@ -335,11 +353,10 @@ def global_explainers(run: Run) -> Tensor:
         return torch.zeros((len(run.classes), len(train_regions(run)[0])), dtype=torch.bool)
 
 
-def _existing(influence: Tensor) -> Iterator[tuple[int, int]]:
+def _existing(scores: Sequence[ClassScores]) -> Iterator[tuple[int, int]]:
     """Class and position of every query region, slice by slice."""
-    classes, slices = influence.shape[:2]
-    exists = (~influence.isnan()).any(2)
-    return ((one + 1, position) for position in range(slices) for one in range(classes) if exists[one, position])
+    exists = torch.stack([(~one.influence.isnan()).any(1) for one in scores], dim=1)
+    return ((class_id + 1, position) for position, class_id in exists.nonzero().tolist())
 
 
 def _train_table(run: Run) -> pd.DataFrame:
@@ -363,6 +380,6 @@ def _worth(agreement: pd.DataFrame) -> str:
     chosen = agreement[agreement["query_set"] == agreement["query_set"].iloc[-1]]
     means = np.average(chosen[["spearman", "top_20"]], weights=chosen["rows"], axis=0)
     return (
-        f"on the run's own {chosen['query_set'].iloc[0]} queries they order train regions with a rank correlation of "
-        f"{means[0]:.3f} and find {means[1]:.0%} of the 20 strongest of each side"
+        f"on the run's own {chosen['query_set'].iloc[0]} queries they order train regions by influence with a rank "
+        f"correlation of {means[0]:.3f} and find {means[1]:.0%} of the 20 strongest of each side"
     )

@@ -59,6 +59,7 @@ class StripeReader:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._norms = {name: region_norms(run, name) for name in run.query_sets}
+        self._train_norm = train_norm(run)
 
     def read(self, key: Stripe) -> Iterator[ClassScores]:
         """The scores of a stripe, a class at a time."""
@@ -72,11 +73,22 @@ class StripeReader:
         if key.query_set == "train":
             influence = without_self(influence, query_class, key.start, len(self._run.train_slices))
         norms = self._norms[key.query_set][query_class - 1, key.start : key.stop]
-        # The norms of train regions are known where these are queries too.
-        train = self._norms["train"].flatten() if "train" in self._norms else None
-        cosine = torch.full_like(influence, torch.nan) if train is None else cosine_influence(influence, norms, train)
-        by_cosine = self._run.config.explainers.score == "cosine"
-        return ClassScores(query_class, influence, cosine, without_zeros(cosine if by_cosine else influence))
+        return class_scores(self._run, query_class, influence, norms, self._train_norm)
+
+
+def class_scores(
+    run: Run, query_class: int, influence: Tensor, query_norm: Tensor, train_norm: Tensor | None
+) -> ClassScores:
+    """The scores of queries of a class; ``explainers.score`` says which ranks. No train norms, no cosine: NaN."""
+    absent = torch.full_like(influence, torch.nan)
+    cosine = absent if train_norm is None else cosine_influence(influence, query_norm, train_norm)
+    ranks = cosine if run.config.explainers.score == "cosine" else influence
+    return ClassScores(query_class, influence, cosine, without_zeros(ranks))
+
+
+def train_norm(run: Run) -> Tensor | None:
+    """The gradient norm of every train column; None where train regions are no queries, and it is unknown."""
+    return region_norms(run, "train").flatten() if "train" in run.query_sets else None
 
 
 def region_norms(run: Run, query_set: QuerySet) -> Tensor:

@@ -79,7 +79,7 @@ def test_a_run_gives_the_tensor_of_one_on_the_host(tiny_run: Run, patients: Path
         folder, rows = known_case(run)
         scan = read_scan(run, folder)
         sizes = [EVERYTHING, EXACT] if source == "stored" else [EVERYTHING]
-        explained = [scan_influence(run, scan, size) for size in sizes]
+        explained = [scan_influence(run, scan, size)[0] for size in sizes]
     for query_set in run.config.influence.query_sets:
         expected = torch.from_numpy(tiny_run.influence(query_set)[:])
         got = torch.from_numpy(run.influence(query_set)[:])
@@ -109,6 +109,6 @@ def test_what_was_made_on_gpus_is_looked_at_without_one(
     assert next(feature_maps(run, [0], 1)).shape == (32, 32)
     folder, rows = known_case(run)
     assert len(list(export_label_maps(run, tmp_path / "maps", folder.name))) == 4
-    influence = scan_influence(run, read_scan(run, folder), EXACT)
+    influence, _ = scan_influence(run, read_scan(run, folder), EXACT)
     positions = [run.query_slices("test").index(row) for row in rows]
     assert relative(influence, torch.from_numpy(run.influence("test")[:])[:, positions]) < 1e-5

@@ -20,8 +20,9 @@ from ray_tracin.integrity import verify
 from ray_tracin.pipeline import Executors, index_sketches, release_gradients, status
 from ray_tracin.querying import EXACT, ScanExplanation, explain_scan, global_explainers, read_scan, scan_influence
 from ray_tracin.runs import Run, open_run
+from ray_tracin.scores import region_norms
 from ray_tracin.stages import Event, complete, execute_serially
-from ray_tracin.store import GLOBAL_EXPLAINERS
+from ray_tracin.store import GLOBAL_EXPLAINERS, RunStore
 
 SERIAL = Executors(execute_serially, execute_serially)
 EVERYTHING = 10_000
@@ -49,11 +50,13 @@ def test_a_scan_that_the_run_knows_has_the_influence_of_the_run(indexed: Run, si
     folder, rows = known_case(indexed)
     positions = [indexed.query_slices("test").index(row) for row in rows]
     expected = torch.from_numpy(indexed.influence("test")[:][:, positions])
-    got = scan_influence(indexed, read_scan(indexed, folder), size)
+    got, norms = scan_influence(indexed, read_scan(indexed, folder), size)
     assert bool((~expected.isnan()).any())
     torch.testing.assert_close(
         got, expected, rtol=1e-3, atol=1e-4 * float(expected[~expected.isnan()].abs().max()), equal_nan=True
     )
+    there = ~expected.isnan().all(2)
+    torch.testing.assert_close(norms[there], region_norms(indexed, "test")[:, positions][there], rtol=1e-3, atol=1e-6)
 
 
 def test_the_ranking_is_that_of_the_tensor(indexed: Run) -> None:
@@ -75,6 +78,27 @@ def test_the_ranking_is_that_of_the_tensor(indexed: Run) -> None:
         values = np.sort(values[~np.isnan(values)])
         expected = values[::-1][:3] if side == "proponent" else values[:3]
         np.testing.assert_allclose(group.sort_values("rank")["influence"], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [EXACT, EVERYTHING])
+def test_where_cosine_ranks_the_run_it_ranks_a_scan(indexed: Run, size: int) -> None:
+    explainers = indexed.config.explainers.model_copy(update={"score": "cosine"})
+    run = Run(RunStore(indexed.uri), indexed.config.model_copy(update={"explainers": explainers}))
+    folder, _ = known_case(run)
+    found = explain_scan(run, folder, size=size, k=5, keep_global=True)
+    assert any(note.startswith("ranked by cosine") for note in found.notes)
+    assert set(found.ranking["ranked_by"]) == {"cosine"}
+    assert not found.ranking.empty
+    for (index, name), group in found.ranking.groupby(["index", "class_name"]):
+        expected = explain_region(run, folder.name, index, name, 5, keep_global=True)
+        for side, table in (("proponent", expected.proponents), ("opponent", expected.opponents)):
+            mine = group[group["side"] == side]
+            assert mine["train_slice"].tolist() == table["slice"].tolist()
+            for score in ("influence", "cosine"):
+                np.testing.assert_allclose(mine[score], table[score], rtol=1e-3, atol=1e-6)
+    proponents = [line for line in scan_lines(found) if line.startswith("  proponents: ")]
+    first = found.ranking[(found.ranking["side"] == "proponent") & (found.ranking["rank"] == 1)]
+    assert [line.split()[1] for line in proponents] == [f"{value:+.3g}" for value in first["cosine"]]
 
 
 @pytest.mark.parametrize("keep_global", [False, True])
