@@ -48,7 +48,7 @@ from ray_tracin.scores import ClassScores, class_scores, train_norm
 from ray_tracin.store import IncompleteRunError
 from ray_tracin.tiling import ShardReader, fitting_kernel
 from ray_tracin.vocabulary import UsageError, checkpoint_name, ranges
-from ray_tracin.volumes import choose_slices, cut_slices, load_volume
+from ray_tracin.volumes import Volume, choose_slices, cut_slices, load_volume
 
 EXACT = 0
 """In place of a sketch size: the gradient shards of the run."""
@@ -150,8 +150,8 @@ def explain_scan(
     are left out unless ``keep_global``. ``explainers.score`` decides which number ranks, as in the run.
 
     Raises:
-        UsageError: no such index, or no gradient shards.
         ValueError: no region, or a scan that can't be used.
+        UsageError: no such index, or no gradient shards, or slices that only ``indices`` can choose.
         IncompleteRunError: the tensor of the run is not computed yet.
         FileNotFoundError: nothing is at ``source``.
         OSError: a file of the scan can't be read.
@@ -208,7 +208,11 @@ def _refuse_missing_shards(run: Run) -> None:
 
 
 def read_scan(run: Run, source: str | Path, indices: Sequence[int] = ()) -> NewScan:
-    """The slices of new examinations, cut as the run's own, and what the final network predicts on them."""
+    """The slices of new examinations, cut as the run's own, and what the final network predicts on them.
+
+    Raises:
+        UsageError: the run chooses slices by their labels, and an examination has none.
+    """
     update = {"root": str(source), "layout": "auto", "grade": "all", "cohort": "all", "strict": True}
     data = run.config.data.model_copy(update=update)
     if indices:
@@ -230,7 +234,7 @@ def read_scan(run: Run, source: str | Path, indices: Sequence[int] = ()) -> NewS
 
 def _cut(run: Run, case: Case, data: DataConfig) -> tuple[pd.DataFrame, Tensor, Tensor]:
     volume = load_volume(case)
-    chosen = choose_slices(volume, data.slices)
+    chosen = _chosen(volume, data.slices)
     cut = cut_slices(volume, chosen, label_scheme(run), data)
     images = torch.from_numpy(cut.images)
     labels = torch.zeros((len(images), *images.shape[2:]), dtype=torch.uint8)
@@ -238,6 +242,17 @@ def _cut(run: Run, case: Case, data: DataConfig) -> tuple[pd.DataFrame, Tensor, 
         labels = torch.from_numpy(cut.labels)
     about = {"case": case.case, "labelled": cut.labels is not None, "warnings": "; ".join(volume.warnings)}
     return pd.DataFrame({"index": chosen, **about}), images, labels
+
+
+def _chosen(volume: Volume, slices: SliceSelection) -> tuple[int, ...]:
+    unlabelled = volume.labels is None or not volume.labels.any()
+    if unlabelled and slices.selection in ("tumour", "largest"):
+        found = "no segmentation" if volume.labels is None else "an empty segmentation"
+        raise UsageError(
+            f"{volume.case}: expected labels, by which this run chooses slices (data.slices.selection is "
+            f"{slices.selection}), found {found}: name slices with --index"
+        )
+    return choose_slices(volume, slices)
 
 
 def _logits(run: Run, network: str, images: Tensor) -> Tensor:

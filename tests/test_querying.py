@@ -23,6 +23,7 @@ from ray_tracin.runs import Run, open_run
 from ray_tracin.scores import region_norms
 from ray_tracin.stages import Event, complete, execute_serially
 from ray_tracin.store import GLOBAL_EXPLAINERS, RunStore
+from ray_tracin.vocabulary import UsageError
 
 SERIAL = Executors(execute_serially, execute_serially)
 EVERYTHING = 10_000
@@ -167,6 +168,27 @@ def test_a_scan_without_truth_is_explained_with_its_prediction(indexed: Run, tmp
     lines = [line for line in scan_lines(found) if line.startswith("NEW, slice")]
     assert lines
     assert all(line.endswith(" pixels, no ground truth") for line in lines)
+
+
+@pytest.mark.parametrize("selection", ["tumour", "largest"])
+def test_a_run_that_chooses_slices_by_labels_asks_for_those_of_a_scan_without(
+    indexed: Run, selection: str, tmp_path: Path
+) -> None:
+    slices = indexed.config.data.slices.model_copy(update={"selection": selection})
+    data = indexed.config.data.model_copy(update={"slices": slices})
+    run = Run(RunStore(indexed.uri), indexed.config.model_copy(update={"data": data}))
+    folder, rows = known_case(run)
+    assert len(read_scan(run, folder).images) == slices.count
+    copy = Path(shutil.copytree(folder, tmp_path / "NEW"))
+    next(copy.glob("*seg*")).unlink()
+    with pytest.raises(UsageError) as caught:
+        read_scan(run, copy)
+    assert str(caught.value) == (
+        "NEW: expected labels, by which this run chooses slices (data.slices.selection is "
+        f"{selection}), found no segmentation: name slices with --index"
+    )
+    index = int(run.slices.set_index("slice")["index"][rows[0]])
+    assert read_scan(run, copy, [index]).table["index"].tolist() == [index]
 
 
 def test_a_case_without_a_region_among_others_is_named(indexed: Run, tmp_path: Path) -> None:
