@@ -48,7 +48,7 @@ from ray_tracin.scores import ClassScores, class_scores, train_norm
 from ray_tracin.store import IncompleteRunError
 from ray_tracin.tiling import ShardReader, fitting_kernel
 from ray_tracin.vocabulary import UsageError, checkpoint_name, ranges
-from ray_tracin.volumes import Volume, choose_slices, cut_slices, load_volume
+from ray_tracin.volumes import Volume, choose_slices, cut_slices, cutting_warnings, load_volume
 
 EXACT = 0
 """In place of a sketch size: the gradient shards of the run."""
@@ -59,13 +59,19 @@ class NewScan:
     """The slices of new examinations, with the labels that scores refer to: the truth, or the network's prediction."""
 
     table: pd.DataFrame
-    """A row a slice: case, index, labelled, and the warnings that its case was read with."""
+    """A row a slice: case, index, labelled, and the warnings that its case was read and cut with."""
     images: Tensor
     labels: Tensor
     masks: Tensor
     """Regions of the final network, (slice, class, h, w)."""
     scores: Tensor
     """Their Dice by the final network, (slice, class)."""
+
+    @property
+    def warnings(self) -> dict[str, str]:
+        """What each case that has any was read and cut with, whether or not a region is on its slices."""
+        told = self.table[self.table["warnings"] != ""]
+        return dict(zip(told["case"], told["warnings"], strict=True))
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,8 @@ class ScanExplanation:
     """Cases on whose slices the network predicts no region."""
     ranked_by: str = "raw"
     """``raw`` influence or ``cosine``, as the run's own rankings."""
+    warnings: Mapping[str, str] = field(default_factory=dict)
+    """What cases were read and cut with."""
 
     @property
     def notes(self) -> list[str]:
@@ -100,8 +108,7 @@ class ScanExplanation:
         cases = self.regions.loc[~self.regions["labelled"].astype(bool), "case"].unique()
         if len(cases):
             found.append(f"{', '.join(cases)}: no ground truth, the network's own prediction stands in for it")
-        read = self.regions.loc[self.regions["warnings"] != "", ["case", "warnings"]].drop_duplicates()
-        found += [f"{case}: read with a warning: {warnings}" for case, warnings in read.itertuples(index=False)]
+        found += _warned(self.warnings)
         absent = self.regions[~self.regions["in_tensor"]]
         if len(absent):
             found.append(
@@ -126,6 +133,10 @@ class ScanExplanation:
     def _unranked(self) -> list[str]:
         ranked = set(_named(self.ranking))
         return [name for name in _named(self.regions[self.regions["in_tensor"]]) if name not in ranked]
+
+
+def _warned(warnings: Mapping[str, str]) -> list[str]:
+    return [f"{case}: read with a warning: {text}" for case, text in warnings.items()]
 
 
 def _named(regions: pd.DataFrame) -> list[str]:
@@ -160,10 +171,11 @@ def explain_scan(
     scan = read_scan(run, source, indices)
     if not bool(_regions(run, scan).any()):
         threshold = run.config.regions.threshold
-        raise ValueError(
+        nothing = (
             f"the network predicts no class with more than {threshold:.0%} confidence on the {len(scan.images)} slices "
             f"of {source}, so there is nothing to explain: look at the images and their modalities, or name --index"
         )
+        raise ValueError("; ".join([nothing, *_warned(scan.warnings)]))
     influence, norms = scan_influence(run, scan, size)
     scores = [class_scores(run, one + 1, influence[one], norms[one], of_train) for one in range(len(run.classes))]
     agreement = run.store.read_table(agreement_path(size)) if size else pd.DataFrame()
@@ -171,10 +183,11 @@ def explain_scan(
     left_out = is_global & (not keep_global)
     counts = {name: int(left_out[place].sum()) for place, name in enumerate(run.classes)}
     told = {name: count for name, count in counts.items() if count and name in set(regions["class_name"])}
-    about = {"ranked_by": run.config.explainers.score, "sketch_size": np.int32(size)}
-    ranking = _rankings(run, scan, scores, is_global, left_out, k).assign(**about)
+    ranked_by = run.config.explainers.score
+    ranking = _rankings(run, scan, scores, is_global, left_out, k)
+    ranking = ranking.assign(ranked_by=ranked_by, sketch_size=np.int32(size))
     without = tuple(sorted(set(scan.table["case"]) - set(regions["case"])))
-    return ScanExplanation(regions, ranking, size, agreement, told, without, run.config.explainers.score)
+    return ScanExplanation(regions, ranking, size, agreement, told, without, ranked_by, scan.warnings)
 
 
 def pick_index(run: Run, size: int | None) -> int:
@@ -240,7 +253,8 @@ def _cut(run: Run, case: Case, data: DataConfig) -> tuple[pd.DataFrame, Tensor, 
     labels = torch.zeros((len(images), *images.shape[2:]), dtype=torch.uint8)
     if cut.labels is not None:
         labels = torch.from_numpy(cut.labels)
-    about = {"case": case.case, "labelled": cut.labels is not None, "warnings": "; ".join(volume.warnings)}
+    warnings = "; ".join([*volume.warnings, *cutting_warnings(volume, chosen, data)])
+    about = {"case": case.case, "labelled": cut.labels is not None, "warnings": warnings}
     return pd.DataFrame({"index": chosen, **about}), images, labels
 
 

@@ -146,10 +146,10 @@ def inspect_case(case: Case, config: DataConfig) -> Inspection:
     _cut_images(volume, indices, config)
     values = () if volume.labels is None else tuple(int(value) for value in np.unique(volume.labels))
     i, j, k = volume.images.shape[1:]
-    return Inspection(case, values, indices, (i, j, k), (*volume.warnings, *_cutting_warnings(volume, indices, config)))
+    return Inspection(case, values, indices, (i, j, k), (*volume.warnings, *cutting_warnings(volume, indices, config)))
 
 
-def _cutting_warnings(volume: Volume, indices: Sequence[int], config: DataConfig) -> Iterator[str]:
+def cutting_warnings(volume: Volume, indices: Sequence[int], config: DataConfig) -> Iterator[str]:
     """What cutting these slices makes of the case that nobody would expect."""
     right, back, _ = np.linalg.norm(volume.affine[:3, :3], axis=0)
     if max(right, back) > MOST_OBLONG * min(right, back):

@@ -261,6 +261,30 @@ def test_regions_that_are_annotated_as_nothing_rank_nobody_and_warnings_are_note
     ]
 
 
+def test_what_a_scan_was_cut_with_is_noted_of_cases_without_a_region_too(indexed: Run, tmp_path: Path) -> None:
+    folder, _ = known_case(indexed)
+    oblong, faint = (Path(shutil.copytree(folder, tmp_path / f"new/{name}")) for name in ("OBLONG", "FAINT"))
+    for path in oblong.glob("*.nii.gz"):
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine @ np.diag([1, 2, 1, 1])), path)
+    for path in faint.glob("*.nii.gz"):
+        image = nib.load(path)
+        # Intensity in one corner alone, labels in the first slice, which isn't cut.
+        dot = np.zeros(image.shape, np.uint8)
+        dot[0, 0, 0 if "seg" in path.name else slice(None)] = 1
+        nib.save(nib.Nifti1Image(dot, image.affine), path)
+    warned = {
+        "OBLONG": "its voxels are 6 × 12 mm in the axial plane",
+        "FAINT": "none of its 1 labelled voxels is in what is cut",
+    }
+    found = explain_scan(indexed, tmp_path / "new", size=2, k=2)
+    assert set(found.regions["case"]) == {"OBLONG"}
+    for case, warning in warned.items():
+        assert any(note.startswith(f"{case}: read with a warning: {warning}") for note in found.notes)
+    with pytest.raises(ValueError, match=f"nothing to explain: .*; FAINT: read with a warning: {warned['FAINT']}"):
+        explain_scan(indexed, faint, size=2)
+
+
 def test_notes_name_the_regions_without_a_ranking_and_each_warning_once() -> None:
     regions = pd.DataFrame(
         {
@@ -268,22 +292,21 @@ def test_notes_name_the_regions_without_a_ranking_and_each_warning_once() -> Non
             "index": [3, 3, 3],
             "class_name": ["ED", "ET", "ED"],
             "labelled": True,
-            "warnings": ["shifted", "shifted", ""],
             "in_tensor": True,
         }
     )
     ranking = regions.iloc[[1, 2]]
-    assert ScanExplanation(regions, ranking, EXACT, pd.DataFrame()).notes == [
+    assert ScanExplanation(regions, ranking, EXACT, pd.DataFrame(), warnings={"A": "shifted"}).notes == [
         "A: read with a warning: shifted",
         "A, slice 3, ED: the gradient is 0, and so is every influence: nothing to rank",
     ]
     rare = regions.assign(in_tensor=[False, True, True])
-    assert ScanExplanation(rare, ranking, EXACT, pd.DataFrame()).notes[1:] == [
+    assert ScanExplanation(rare, ranking, EXACT, pd.DataFrame()).notes == [
         "A, slice 3, ED: not every checkpoint predicts it, so it has no influence (regions.source=checkpoint): nothing "
         "to rank"
     ]
     assert ScanExplanation(regions.iloc[2:], ranking, EXACT, pd.DataFrame()).notes == []
-    assert ScanExplanation(regions.iloc[1:2], ranking.iloc[1:], EXACT, pd.DataFrame(), {"ET": 7}).notes[1:] == [
+    assert ScanExplanation(regions.iloc[1:2], ranking.iloc[1:], EXACT, pd.DataFrame(), {"ET": 7}).notes == [
         "A, slice 3, ET: every influence is 0 or left out: nothing to rank",
         "global explainers are left out (7 of ET); --keep-global keeps them",
     ]
