@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from ray_tracin.charts import findings
+from ray_tracin.charts import findings, fixed
 from ray_tracin.explanation import RegionExplanation
 from ray_tracin.figures import DrawFigures
 from ray_tracin.pipeline import StageStatus
@@ -56,9 +56,9 @@ def ranking_table(found: RegionExplanation, name: str) -> Table:
         table.add_column(heading, overflow="fold", no_wrap=heading in ("rank", "influence", "class"))
     for line in found.rankings[name].to_dict("records"):
         features = ", ".join(f"{feature} ({value:.2f})" for feature, value in found.links(line, SHOWN_FEATURES))
-        where = (line["patient"], line["index"], line["class_name"], f"{line['overlap']:.2f}")
+        where = (line["patient"], line["index"], line["class_name"], fixed(line["overlap"]))
         rank = f"{line['rank']}{'*' if line['is_global'] else ''}"
-        values = (rank, f"{line['influence']:.4g}", f"{line['cosine']:.3f}", *where, features)
+        values = (rank, f"{line['influence']:.4g}", fixed(line["cosine"], 3), *where, features)
         table.add_row(*(escape(str(value)) for value in values))
     return table
 
@@ -100,7 +100,7 @@ def result_lines(run: Run, seconds: float) -> Iterator[str]:
 
 def region_lines(found: RegionExplanation, *, keep_global: bool) -> Iterator[str]:
     """What is explained, and what a reader must know before believing the tables."""
-    truth = f"overlap {found.overlap:.2f}, region Dice {found.dice:.2f}" if found.labelled else "no ground truth"
+    truth = f"overlap {fixed(found.overlap)}, region Dice {fixed(found.dice)}" if found.labelled else "no ground truth"
     where = f"{found.patient}, slice {found.index}, {found.class_name}"
     yield f"{where}: {found.pixels} pixels, {truth} ({found.query_set} set)"
     yield from (f"warning: {warning}" for warning in found.warnings)
@@ -113,7 +113,7 @@ def scan_lines(found: ScanExplanation) -> Iterator[str]:
     yield from (f"note: {note}" for note in found.notes)
     for line in found.regions.to_dict("records"):
         what = f"{line['case']}, slice {line['index']}, {line['class_name']}"
-        truth = f"region Dice {line['dice']:.2f}" if line["labelled"] else "no ground truth"
+        truth = f"region Dice {fixed(line['dice'])}" if line["labelled"] else "no ground truth"
         yield f"{what}: {line['pixels']} pixels, {truth}"
         region = ["case", "index", "class_id"]
         mine = (found.ranking[region] == [line[name] for name in region]).all(axis=1)

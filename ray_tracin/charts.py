@@ -40,6 +40,11 @@ def printed(value: float, digits: int = 3) -> str:
     return plain.replace("-", "−")
 
 
+def fixed(value: float, digits: int = 2) -> str:
+    """A number with so many decimals, a dash where there is none."""
+    return "–" if np.isnan(value) else f"{value:.{digits}f}"
+
+
 def draw_proponent_classes(run: Run) -> Figure:
     """Figure 5: the classes of the top proponents of each query class, global explainers left out."""
     table = run.table("proponent_classes")

@@ -32,8 +32,8 @@ class RegionExplanation:
     class_name, class_id, slice, overlap, is_global, and ``feature_K`` for every one of ``features``, the similarity of
     the two regions in feature K (eq. 7). Proponents come most influential first; neutral regions nearest to 0 first.
     ``rank`` is that among all train regions, global explainers (``global_explainers`` of them) included, whether or not
-    they are in the lists; a region is not in its own lists. Of low overlap none is among the neutral, nor counted in
-    their ranks (`neutrality`).
+    they are in the lists; a region is not in its own lists. Those that have hardly a gradient are not among the
+    neutral, nor counted in their ranks (`neutrality`).
     """
 
     patient: str
@@ -61,6 +61,8 @@ class RegionExplanation:
     """The warnings that the patient was read with."""
     missing: tuple[str, ...] = ()
     """What this run has not computed yet, and the explanation lacks."""
+    whole_slice: bool = False
+    """Whether the Dice of the whole slice was differentiated; ``pixels``, ``overlap`` and ``dice`` are the region's."""
 
     @property
     def rankings(self) -> dict[str, pd.DataFrame]:
@@ -75,7 +77,7 @@ class RegionExplanation:
             found.append("nothing to rank: every influence on this region is 0 or left out")
         if not self.labelled:
             found.append("this slice has no ground truth: the network's own prediction stands in for it")
-        elif self.overlap < LOW_OVERLAP:
+        elif self.overlap < LOW_OVERLAP and not self.whole_slice:
             found.append(
                 f"only {self.overlap:.0%} of the region is {self.class_name} in the ground truth: its score and "
                 "gradient are near zero, and the ranking says little"
@@ -133,6 +135,7 @@ def explain_region(
         global_explainers=int(is_global.sum()),
         read_with=str(mine["warnings"]),
         missing=missing,
+        whole_slice=run.config.gradients.score == "image",
     )
 
 
@@ -143,10 +146,13 @@ def query_scores(run: Run, query_set: QuerySet, position: int, class_id: int) ->
 
 
 def neutrality(run: Run, score: Float[Tensor, "query column"]) -> Float[Tensor, "query column"]:
-    """What ranks the neutral regions of a query, nearest to 0 first; NaN where a train region has low overlap.
+    """What ranks the neutral regions of a query, nearest to 0 first; NaN where a train region has hardly a gradient.
 
-    Such a region has hardly a gradient, and hardly an influence on anyone: it is nobody's neutral example.
+    It has hardly an influence on anyone, and is nobody's neutral example: a region of low overlap. Where whole slices
+    are differentiated the overlap says nothing; there it is one of influence 0, of a slice without the class.
     """
+    if run.config.gradients.score == "image":
+        return -score.abs().masked_fill(score == 0, torch.nan)
     slices, classes = train_regions(run)
     overlap = run.table("regions").set_index(["slice", "class"])["overlap"]
     mine = overlap.reindex(pd.MultiIndex.from_arrays([slices, classes])).to_numpy(dtype=float)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.text import Text
 
 from ray_tracin import store as paths
-from ray_tracin.charts import WIDTH_INCHES, class_colours, draw_feature_impact, draw_proponent_classes, printed
+from ray_tracin.charts import WIDTH_INCHES, class_colours, draw_feature_impact, draw_proponent_classes, fixed, printed
 from ray_tracin.curves import draw_feature_curves
 from ray_tracin.explanation import RegionExplanation
 from ray_tracin.panels import draw_region, mark_sides, shortened
@@ -84,7 +84,7 @@ def _draw_row(run: Run, axes: Sequence[Axes], row: int, class_id: int, label: st
 
 def _query_label(found: RegionExplanation) -> str:
     lines = ["query", f"{found.class_name}, slice {found.index}", shortened(found.patient)]
-    lines += [f"region Dice {found.dice:.2f}", f"overlap {found.overlap:.2f}"]
+    lines += [f"region Dice {fixed(found.dice)}", f"overlap {fixed(found.overlap)}"]
     return "\n".join(lines if found.labelled else [*lines, "no ground truth"])
 
 
@@ -92,7 +92,7 @@ def _train_label(name: str, line: Mapping[Any, Any]) -> str:
     cosine = "undefined" if np.isnan(line["cosine"]) else printed(line["cosine"], 2)
     lines = [f"{name} {line['rank']}{', global' if line['is_global'] else ''}"]
     lines += [f"{line['class_name']}, slice {line['index']}", shortened(line["patient"])]
-    lines += [f"influence {printed(line['influence'], 2)}", f"cosine {cosine}", f"overlap {line['overlap']:.2f}"]
+    lines += [f"influence {printed(line['influence'], 2)}", f"cosine {cosine}", f"overlap {fixed(line['overlap'])}"]
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ import zarr
 from typer.testing import CliRunner
 
 from ray_tracin import figures
+from ray_tracin.answers import region_lines
 from ray_tracin.cli import app
 from ray_tracin.config import ExplainersConfig
 from ray_tracin.explanation import RegionExplanation, explain_region
@@ -219,6 +220,30 @@ def test_a_region_that_some_checkpoint_lacks_is_told_from_one_that_is_not_predic
     table.to_parquet(Path(planted.uri) / "regions.parquet")
     with pytest.raises(ValueError, match=f"the network predicts no {where[2]} with more than 50% confidence"):
         explain_region(Run(RunStore(planted.uri), run.config), *where)
+
+
+def test_where_whole_slices_are_differentiated_overlap_says_nothing(planted: Run) -> None:
+    gradients = planted.config.gradients.model_copy(update={"score": "image"})
+    run = Run(planted.store, planted.config.model_copy(update={"gradients": gradients}))
+    table = run.table("regions")
+    chosen = (table["pixels"] > 0) & (table["overlap"] < 0.1) & table["slice"].isin(run.query_slices("test"))
+    low = table[chosen].iloc[0]
+    row, class_id = int(low["slice"]), int(low["class"])
+    mine = run.slices.set_index("slice").loc[row]
+    where = mine.patient, int(mine["index"]), run.classes[class_id - 1]
+    assert any(warning.startswith("only ") for warning in explain_region(planted, *where).warnings)
+    array = zarr.open_array(f"{run.uri}/influence.zarr/test", mode="r+")
+    position = class_id - 1, run.query_slices("test").index(row)
+    columns = array.shape[2]
+    array[position] = np.where(np.arange(columns) % 2, np.arange(columns) - columns / 2, 0)
+    chosen = (table["slice"] == row) & (table["class"] == class_id)
+    table.loc[chosen, ["pixels", "overlap", "dice"]] = 0, np.nan, np.nan
+    table.to_parquet(Path(run.uri) / "regions.parquet")
+    found = explain_region(run, *where, k=columns, keep_global=True)
+    assert sorted(found.neutral["influence"]) == sorted(value for value in array[position] if value)
+    assert not any(warning.startswith("only ") for warning in found.warnings)
+    about, *_ = region_lines(found, keep_global=True)
+    assert about.endswith("0 pixels, overlap –, region Dice – (test set)")
 
 
 def test_what_a_patient_was_read_with_is_a_warning(planted: Run) -> None:

@@ -576,6 +576,27 @@ def test_a_region_without_a_gradient_says_so(tiny_run: Run, look: Opener) -> Non
         assert (page.locator("#rankings .card").count() == 0) == none
 
 
+def test_where_whole_slices_are_differentiated_overlap_says_nothing(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run)
+    line = queried(tiny_run).iloc[0]
+    page.evaluate("DATA.lowOverlap = 2")
+    choose(page, line.patient, line["index"], tiny_run.classes[line["class"] - 1])
+    page.locator("#global").check()
+    assert "Low overlap" in page.locator("#facts").inner_text()
+    assert cards(page, "neutral") == []
+    page.evaluate("DATA.wholeSlices = true; REGIONS.pixels.fill(0); MAXIMA.fill(NaN); showQuery()")
+    position = tiny_run.query_slices("test").index(line.slice)
+    influence = tiny_run.influence("test")[line["class"] - 1, position]
+    telling = np.abs(influence[~np.isnan(influence) & (influence != 0)])
+    shown = np.abs([float(card["influence"]) for card in cards(page, "neutral")])
+    np.testing.assert_array_equal(shown, np.sort(telling)[:10])
+    assert "Low overlap" not in page.locator("#facts").inner_text()
+    assert "low overlap" not in page.locator("#rankings .mark").all_inner_texts()
+    titles = page.eval_on_selector_all("[data-testid=links] tbody td", "all => all.map((one) => one.title)")
+    assert titles
+    assert all(title.endswith(": no region") for title in titles)
+
+
 def test_it_starts_at_a_region_with_a_gradient_where_its_patient_has_one(tiny_run: Run, look: Opener) -> None:
     page = look(tiny_run)
     norms = tiny_run.store.read("influence.zarr/norm2_test").sum(axis=0)

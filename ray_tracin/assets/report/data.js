@@ -47,8 +47,9 @@ const className = (classId) => DATA.classes[classId - 1].name;
 const classColour = (classId) => DATA.classes[classId - 1].colour;
 const classIds = () => DATA.classes.map((_, position) => position + 1);
 const regionPlace = (slice, classId) => slice * CLASSES + classId - 1;
+const isPredicted = (slice, classId) => REGIONS.pixels[regionPlace(slice, classId)] > 0;
 // Where scores are of whole slices, influence is there without a pixel above the threshold.
-const regionExists = (slice, classId) => DATA.wholeSlices || REGIONS.pixels[regionPlace(slice, classId)] > 0;
+const regionExists = (slice, classId) => DATA.wholeSlices || isPredicted(slice, classId);
 
 // Dice of the whole prediction of a class on a slice; NaN where the class is nowhere, or nothing is known of it.
 function sliceDice(slice, classId) {
@@ -57,8 +58,9 @@ function sliceDice(slice, classId) {
   return (2 * SLICES.agreed[place]) / (SLICES.predicted[place] + SLICES.truth[place]);
 }
 
+// Of the score of a whole slice the overlap of its region says nothing.
 function isLowOverlap(slice, classId) {
-  return SLICES.labelled[slice] && REGIONS.overlap[regionPlace(slice, classId)] < DATA.lowOverlap;
+  return !DATA.wholeSlices && SLICES.labelled[slice] && REGIONS.overlap[regionPlace(slice, classId)] < DATA.lowOverlap;
 }
 
 const EXAMINATIONS = new Map();

@@ -3,7 +3,7 @@
 const CHOICE = { query: 0, classId: 1, card: null }; // The card by its key: where it is in the lists changes with the filters.
 const LISTS = [
   { key: "proponents", title: "Proponents", text: "pushed the network toward this prediction" },
-  { key: "neutral", title: "Neutral", text: "influence nearest to 0; low overlap left out" },
+  { key: "neutral", title: "Neutral", text: `influence nearest to 0; ${DATA.wholeSlices ? "0 itself" : "low overlap"} left out` },
   { key: "opponents", title: "Opponents", text: "pushed it away" },
 ];
 const restingPanes = []; // of cards that went
@@ -37,8 +37,9 @@ function rankedRegions(query, classId, scores, by) {
   );
   // Ties go to the lower column, as in the tables.
   const ordered = (chosen, size) => chosen.slice().sort((a, b) => size(a) - size(b) || a - b);
-  // A region of low overlap has hardly a gradient: it is nobody's neutral example.
-  const telling = columns.filter((column) => !isLowOverlap(columnSlice(column), columnClass(column)));
+  // Who has hardly a gradient is nobody's neutral example: a region of low overlap, a whole slice without the class.
+  const telling = columns.filter((column) => (DATA.wholeSlices ? values[column] !== 0
+    : !isLowOverlap(columnSlice(column), columnClass(column))));
   return {
     // Who pushed toward a prediction is above 0, who pushed away below.
     proponents: ordered(columns.filter((column) => values[column] > 0), (column) => -values[column]),

@@ -40,8 +40,9 @@ function fillLinks(line, card, features) {
   for (const [place, feature] of features.entries()) {
     const value = similarity(currentSlice(), CHOICE.classId, card.slice, card.classId, feature);
     const silent = Number.isNaN(value);
+    const there = isPredicted(currentSlice(), CHOICE.classId) && isPredicted(card.slice, card.classId);
     fill(cells[place], { style: silent ? "" : `background:${heat(value)}`, dataset: { value },
-      title: `feature ${feature}: ${silent ? "silent in both" : fixed(value, 3)}` }, []);
+      title: `feature ${feature}: ${there ? (silent ? "silent in both" : fixed(value, 3)) : "no region"}` }, []);
   }
 }
 
