@@ -5,12 +5,14 @@ fraction of the time. Importing Ray Train takes seconds, so this module is loade
 """
 
 import shutil
+import socket
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
@@ -19,8 +21,11 @@ from torch import nn
 
 from ray_tracin.assignment import TRIES
 from ray_tracin.learning import Train
-from ray_tracin.stages import Report, StageWorker, sound_receipts
+from ray_tracin.objects import StoredFile
+from ray_tracin.runs import Run
+from ray_tracin.stages import SHARED_SECONDS, Report, StageWorker, sound_receipts
 
+T = TypeVar("T")
 POLL_SECONDS = 2.0
 
 
@@ -77,12 +82,12 @@ def train_together(config: dict[str, Any]) -> None:
     """What every process does: its share of every epoch."""
     stage: Train = config["stage"]
     context = get_context()
-    rank, finished = context.get_world_rank(), sound_receipts(stage.run, stage.name)
-    # Everyone must have read what is finished before anyone finishes more.
-    torch.distributed.barrier()
-    device = get_device()
+    rank, device = context.get_world_rank(), get_device()
+    # Who sees more or less as finished, on a folder that shows late what others write, would train other epochs.
+    finished = told_by_first(set(sound_receipts(stage.run, stage.name)) if rank == 0 else set(), device)
     work = stage.open_share(
         rank,
+        agree=partial(state_of_first, run=stage.run, device=device),
         world_size=context.get_world_size(),
         wrap=partial(_averaging_gradients, device=device),
         average=partial(_average, device=device),
@@ -91,6 +96,47 @@ def train_together(config: dict[str, Any]) -> None:
     for key in config["keys"]:
         if str(key) not in finished:
             do(key)
+
+
+def told_by_first(value: T, device: torch.device) -> T:
+    """The value that rank 0 has. Every process must ask."""
+    told = [value]
+    torch.distributed.broadcast_object_list(told, src=0, device=device)
+    return told[0]
+
+
+def state_of_first(state: StoredFile | None, run: Run, device: torch.device) -> StoredFile | None:
+    """The state that rank 0 has found, whatever this process has, once it sees that one.
+
+    Processes that go on from different epochs would average gradients of different networks without a word.
+
+    Raises:
+        ValueError: it doesn't see it.
+    """
+    chosen = told_by_first(state, device)
+    if chosen is not None and chosen != state:
+        _await(chosen, run)
+    return chosen
+
+
+def _await(file: StoredFile, run: Run) -> None:
+    """Nothing, once this process sees the file as it was written; a shared folder gets a minute for it."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not _is_whole(file, run):
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"training goes on from {file.path}, of {file.size} bytes where it was read first, and "
+                f"{socket.gethostname()} doesn't see it so in {run.uri}: give --run s3://… or gs://…, or a folder that "
+                "all nodes share"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _is_whole(file: StoredFile, run: Run) -> bool:
+    try:
+        return run.store.objects.checksum(file.path) == file.crc32c
+    except FileNotFoundError:
+        return False
 
 
 def _averaging_gradients(network: nn.Module, device: torch.device) -> nn.Module:

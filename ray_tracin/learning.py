@@ -10,7 +10,7 @@ import torch
 
 from ray_tracin import store as paths
 from ray_tracin.devices import pick_device
-from ray_tracin.objects import checksum
+from ray_tracin.objects import StoredFile, checksum
 from ray_tracin.runs import FINAL, Run, torch_bytes
 from ray_tracin.soundness import file_problems
 from ray_tracin.stages import Result, Stage
@@ -18,6 +18,13 @@ from ray_tracin.store import Receipt
 from ray_tracin.training import Trainer
 from ray_tracin.unet import build_unet
 from ray_tracin.vocabulary import EpochKey, checkpoint_name
+
+Agree = Callable[[StoredFile | None], StoredFile | None]
+"""The state that all processes go on from, by the newest one that each of them finds; None: from the beginning."""
+
+
+def _alone(state: StoredFile | None) -> StoredFile | None:
+    return state
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,14 @@ class Train(Stage[EpochKey]):
         """Train up to the end of an epoch and write its checkpoint."""
         return self.open_share()
 
-    def open_share(self, rank: int = 0, **together: Any) -> Callable[[EpochKey], Result]:
-        """The same, as one of several processes (``together`` as `Trainer` takes them), of which rank 0 writes."""
+    def open_share(self, rank: int = 0, agree: Agree = _alone, **together: Any) -> Callable[[EpochKey], Result]:
+        """The same, as one of several processes (``together`` as `Trainer` takes them), of which rank 0 writes.
+
+        They all go on from the state that ``agree`` makes of what each of them finds.
+        """
         torch.set_num_threads(self.run.config.resources.training_threads)
         trainer = build_trainer(self.run, rank=rank, **together)
-        return partial(train_to, self.run, trainer, writes=rank == 0)
+        return partial(train_to, self.run, trainer, writes=rank == 0, agree=agree)
 
 
 def build_trainer(run: Run, **together: Any) -> Trainer:
@@ -74,9 +84,9 @@ def build_trainer(run: Run, **together: Any) -> Trainer:
     )
 
 
-def train_to(run: Run, trainer: Trainer, key: EpochKey, *, writes: bool) -> dict[str, Any]:
+def train_to(run: Run, trainer: Trainer, key: EpochKey, *, writes: bool, agree: Agree = _alone) -> dict[str, Any]:
     """Train until the epoch is finished, from the newest state before it; write its checkpoint if this process does."""
-    _rewind(run, trainer, key)
+    _rewind(run, trainer, key, agree)
     record = None
     while trainer.epoch < key.epoch:
         record = trainer.train_epoch()
@@ -118,40 +128,41 @@ def _former_checksum(run: Run, key: EpochKey, path: str) -> int | None:
     return checksum(run.store.objects.get(path)) if built else None
 
 
-def _rewind(run: Run, trainer: Trainer, key: EpochKey) -> None:
+def _rewind(run: Run, trainer: Trainer, key: EpochKey, agree: Agree) -> None:
     """Bring a trainer that isn't just before the epoch to the newest stored state before it."""
     if trainer.epoch == key.epoch - 1:
         return
-    states = {epoch: path for epoch, path in _states(run).items() if trainer.epoch < epoch < key.epoch}
-    if states:
-        trainer.restore(run.load_torch(states[max(states)]))
+    states = {epoch: file for epoch, file in _states(run).items() if trainer.epoch < epoch < key.epoch}
+    newest = agree(states[max(states)] if states else None)
+    if newest:
+        trainer.restore(run.load_torch(newest.path))
     assert trainer.epoch < key.epoch, f"epochs are trained in order, asked for {key} after epoch {trainer.epoch}"
 
 
-def _states(run: Run) -> dict[int, str]:
+def _states(run: Run) -> dict[int, StoredFile]:
     receipts = run.store.receipts(Train.name)
     damaged = file_problems(run.store, receipts.values(), check_bytes=True)
     sound = [receipt for name, receipt in receipts.items() if f"{Train.name}/{name}" not in damaged]
     held = {int(receipt.key.removeprefix("epoch_")): receipt for receipt in sound}
-    return {epoch: path for epoch, receipt in held.items() if (path := _state_of(receipt))}
+    return {epoch: file for epoch, receipt in held.items() if (file := _state_of(receipt))}
 
 
 def _state_path(key: EpochKey) -> str:
     return f"checkpoints/state_{key.epoch:02d}.pt"
 
 
-def _state_of(receipt: Receipt) -> str | None:
-    return next((file.path for file in receipt.files if "/state_" in file.path), None)
+def _state_of(receipt: Receipt) -> StoredFile | None:
+    return next((file for file in receipt.files if "/state_" in file.path), None)
 
 
 def drop_states(run: Run, before: int) -> None:
     """Delete the optimiser states of earlier epochs: the newest two are enough to go on after any kill."""
     for receipt in run.store.receipts(Train.name).values():
-        path = _state_of(receipt)
-        if path and int(receipt.key.removeprefix("epoch_")) < before:
-            kept = tuple(file for file in receipt.files if file.path != path)
+        state = _state_of(receipt)
+        if state and int(receipt.key.removeprefix("epoch_")) < before:
+            kept = tuple(file for file in receipt.files if file != state)
             run.store.write_receipt(replace(receipt, files=kept))
-            run.store.objects.delete([path])
+            run.store.objects.delete([state.path])
 
 
 def _finished_rows(run: Run) -> dict[str, Result]:

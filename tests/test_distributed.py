@@ -1,7 +1,10 @@
 """Training in several processes through Ray Train."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +13,14 @@ from conftest import TINY
 
 from ray_tracin.claims import ClaimLostError
 from ray_tracin.learning import Train
+from ray_tracin.objects import StoredFile
 from ray_tracin.pipeline import Executors, run_to
+from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor
-from ray_tracin.stages import Attempt, Event, execute_serially
+from ray_tracin.stages import Attempt, Event, complete, execute_serially
+from ray_tracin.training import Trainer
+from ray_tracin.vocabulary import EpochKey
 
 
 class Endless:
@@ -38,6 +45,81 @@ def test_a_driver_that_has_to_stop_does_not_wait_for_the_training(
     with pytest.raises(ClaimLostError):
         distributed.execute_with_ray_train(stage, stage.keys(), report, {"CPU": 1.0})
     assert time.monotonic() - began < 60
+
+
+class Answered:
+    """What rank 0 tells, to whoever asks."""
+
+    def __init__(self, told: Any) -> None:
+        self._told = told
+
+    def __call__(self, values: list[Any], src: int, device: torch.device) -> None:
+        assert src == 0
+        values[0] = self._told
+
+
+@pytest.fixture
+def half_trained(patients: Path, tmp_path: Path) -> Run:
+    """A run of three epochs of which two are trained."""
+    overrides = [*TINY, f"data.root={patients}", "training={epochs: 3, adam_epochs: 1}", "influence.checkpoints=1"]
+    run = start_run(tmp_path / "run", preset="demo", overrides=overrides)
+    for stage in (Inspect(run), Index(run), Cut(run), TabulateSlices(run)):
+        complete(stage, execute_serially, lambda event: None)
+    execute_serially(Train(run), Train(run).keys()[:2], lambda key, attempt=None: None)
+    return run
+
+
+def state_of(run: Run, key: str) -> StoredFile:
+    receipt = run.store.read_receipt("train", key)
+    assert receipt is not None
+    return next(file for file in receipt.files if "state" in file.path)
+
+
+def as_second_of_two(run: Run) -> Callable[[EpochKey], Any]:
+    """The work of rank 1, which averages with nobody."""
+    from ray_tracin import distributed
+
+    agree = partial(distributed.state_of_first, run=run, device=torch.device("cpu"))
+    return Train(run).open_share(1, agree=agree, world_size=2, average=lambda value: value)
+
+
+def test_processes_that_train_together_go_on_from_the_epoch_of_the_first(
+    half_trained: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, chosen = [], state_of(half_trained, "epoch_01")
+    sound = Trainer.train_epoch
+    monkeypatch.setattr(Trainer, "train_epoch", lambda trainer: trained.append(trainer.epoch + 1) or sound(trainer))
+    for told, epochs in ((chosen, [2, 3]), (state_of(half_trained, "epoch_02"), [3]), (None, [1, 2, 3])):
+        trained.clear()
+        # This process sees the second epoch as finished, whatever rank 0 does.
+        monkeypatch.setattr(torch.distributed, "broadcast_object_list", Answered(told))
+        as_second_of_two(half_trained)(EpochKey(3))
+        assert trained == epochs
+
+
+def test_a_state_that_a_shared_folder_shows_late_is_waited_for(
+    half_trained: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_tracin import distributed
+
+    chosen, folder = state_of(half_trained, "epoch_02"), Path(half_trained.uri)
+    whole, waited = (folder / chosen.path).read_bytes(), []
+    (folder / chosen.path).unlink()
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", Answered(chosen))
+
+    def appear(seconds: float) -> None:
+        waited.append(seconds)
+        (folder / chosen.path).write_bytes(whole[: -1 if len(waited) == 1 else None])
+
+    monkeypatch.setattr(distributed.time, "sleep", appear)
+    as_second_of_two(half_trained)(EpochKey(3))
+    assert len(waited) == 2
+    (folder / chosen.path).unlink()
+    monkeypatch.setattr(distributed, "SHARED_SECONDS", 0.0)
+    with pytest.raises(
+        ValueError, match=r"goes on from checkpoints/state_02\.pt, of \d+ bytes .* that all nodes share"
+    ):
+        as_second_of_two(half_trained)(EpochKey(3))
 
 
 @pytest.mark.ray
