@@ -297,8 +297,8 @@ class ResourcesConfig(Section):
 class RunConfig(Section):
     """Everything that a run is told."""
 
-    seed: int = 0
-    """Of the split, the weights, the augmentation and the order of batches."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
+    """Of the split, the weights, the augmentation and the order of batches; as PyTorch takes it."""
     data: DataConfig = DataConfig()
     split: SplitConfig = SplitConfig()
     model: ModelConfig = ModelConfig()

@@ -14,6 +14,8 @@ from ray_tracin.stages import Stage, StageError, out_of_memory
 
 SHOWN_FAILURES = 5
 VERDICT_SECONDS = 2.0
+LONGEST_SECONDS = 1e9
+"""Thirty years. What ends processes that hang refuses to wait for centuries, or for ever."""
 PROCESS_DIED = "worker process has died"
 NODE_DIED = "node has died"
 OUT_OF_MEMORY = "running low on memory|OutOfMemory"
@@ -64,7 +66,7 @@ def ended_after(seconds: float | None) -> Iterator[None]:
     For work that only Ray waits for, without a limit. It ends processes that hang in compiled code too.
     """
     if seconds is not None:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+        faulthandler.dump_traceback_later(min(seconds, LONGEST_SECONDS), exit=True, file=2)
     try:
         yield
     finally:

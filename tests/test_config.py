@@ -61,6 +61,8 @@ def test_an_unknown_key_is_named_with_the_known_ones() -> None:
         ),
         ("data.modalities=t1", r"data\.modalities: expected a list such as \[a, b\], got 't1'"),
         ("model.width=-1", r"model\.width: Input should be greater than 0, got -1"),
+        (f"seed={2**64}", r"seed: Input should be less than 18446744073709551616, got 18446744073709551616"),
+        (f"seed={-(2**63) - 1}", r"seed: Input should be greater than or equal to -9223372036854775808, got -9223"),
         ("training.epochs=3", r"asks for epochs \[6, 7, 8, 9, 10\], training\.epochs is 3"),
         ("data.size=100", r"data\.size must be a multiple of 16 for a UNet of 5 levels, got 100"),
         ("data.slices={selection: list}", r"`selection: list` needs `indices`"),

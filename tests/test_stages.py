@@ -16,6 +16,7 @@ from faulty import ARRAY, Square
 
 from ray_tracin import stages
 from ray_tracin import store as paths
+from ray_tracin.faults import ended_after
 from ray_tracin.integrity import verify
 from ray_tracin.learning import Train
 from ray_tracin.nifti import ReadError
@@ -366,6 +367,13 @@ def test_failed_keys_are_listed_with_their_reasons_and_the_others_done(
     assert "000008-000010: RuntimeError: the device is lost" in message
     assert len(done_receipts(stage)) == 4
     assert (stage.tries(0), stage.tries(8)) == (1, 3)  # what repeats is tried once, what may pass three times
+
+
+@pytest.mark.parametrize("lease", ["1.0e+10", ".inf"])
+def test_a_lease_may_be_as_long_as_anyone_likes(lease: str) -> None:
+    config = build_config("demo", None, [f"resources.lease_seconds={lease}"])
+    with ended_after(2 * config.resources.lease_seconds):
+        pass
 
 
 @pytest.mark.ray
