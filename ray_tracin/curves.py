@@ -12,11 +12,12 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from ray_tracin.assembly import train_regions
 from ray_tracin.charts import OTHERS, PREDICTIVE, WIDTH_INCHES, printed
 from ray_tracin.devices import device_here
-from ray_tracin.explainers import NONE, rank_regions
+from ray_tracin.explainers import NONE, rank_regions, without_zeros
 from ray_tracin.explaining import global_columns
 from ray_tracin.explanation import neutrality, query_scores, region_features
 from ray_tracin.features import similarity
@@ -81,17 +82,16 @@ def _chosen_features(trends: pd.DataFrame) -> pd.DataFrame:
 def examples(run: Run, class_id: int) -> list[Example]:
     """The largest test region of a class, its first proponent, its most neutral train region, its first opponent.
 
-    By raw influence, as the features are ranked, global explainers left out. Where nobody is left for a role, nobody
-    has it.
+    By raw influence, as the features are ranked, global explainers left out. A region that nobody else has an influence
+    on (it has no gradient, or not every checkpoint predicts it) is only shown where there is no other, and alone.
     """
     queries = run.query_slices("test")
     regions = run.table("regions")
     mine = regions[(regions["class"] == class_id) & regions["slice"].isin(queries) & (regions["pixels"] > 0)]
     if mine.empty:
         return []
-    row = int(mine["slice"].to_numpy()[mine["pixels"].to_numpy().argmax()])
-    scores = query_scores(run, "test", queries.index(row), class_id).influence
-    left = scores.masked_fill(torch.from_numpy(global_columns(run))[class_id - 1], torch.nan)
+    largest = mine.sort_values("pixels", ascending=False, kind="stable")["slice"]
+    row, left = _influenced(run, class_id, [int(row) for row in largest])
     keys = (left, neutrality(run, left), -left)
     train_slices, train_classes = train_regions(run)
     found = [Example(ROLES[0], row, class_id, float("nan"))]
@@ -101,6 +101,17 @@ def examples(run: Run, class_id: int) -> list[Example]:
             about = int(train_slices[column]), int(train_classes[column])
             found.append(Example(role, *about, float(left[0, column])))
     return found
+
+
+def _influenced(run: Run, class_id: int, rows: Sequence[int]) -> tuple[int, Float[Tensor, "query column"]]:
+    """The first of some test slices whose region is influenced, else the first; and by whom that isn't left out."""
+    queries, is_global = run.query_slices("test"), torch.from_numpy(global_columns(run))[class_id - 1]
+    for row in rows:
+        influence = query_scores(run, "test", queries.index(row), class_id).influence
+        left = without_zeros(influence).masked_fill(is_global, torch.nan)
+        if not left.isnan().all():
+            return row, left
+    return rows[0], left
 
 
 def _draw_curves(figure: SubFigure, run: Run, lines: Sequence[Line]) -> None:

@@ -1,9 +1,12 @@
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from ray_tracin.curves import Example, _caption, draw_feature_curves, examples, feature_maps
-from ray_tracin.runs import Run
+from ray_tracin.runs import Run, open_run
 
 
 def test_curves_are_the_importance_of_the_table(tiny_run: Run) -> None:
@@ -26,10 +29,17 @@ def test_examples_are_the_ends_and_the_middle_of_the_ranking_of_the_largest_quer
         mine = regions[(regions["class"] == class_id) & regions.slice.isin(tiny_run.query_slices("test"))]
         found = examples(tiny_run, class_id)
         assert bool(found) == (mine.pixels > 0).any()
-        if not found:
+        influenced = {
+            row
+            for row, values in zip(tiny_run.query_slices("test"), pairs[class_id - 1], strict=True)
+            if np.nan_to_num(values).any()
+        }
+        assert (len(found) > 1) == bool(influenced)
+        if not influenced:
             continue
         seen += 1
         query, proponent, neutral, opponent = found
+        mine = mine[mine.slice.isin(influenced)]
         assert query.slice in mine.slice[mine.pixels == mine.pixels.max()].tolist()
         row = pairs[class_id - 1, tiny_run.query_slices("test").index(query.slice)].copy()
         left_out = explainers[explainers.is_global & (explainers.query_class == class_id)]
@@ -43,6 +53,27 @@ def test_examples_are_the_ends_and_the_middle_of_the_ranking_of_the_largest_quer
         for example in (proponent, neutral, opponent):
             assert row[(example.class_id - 1) * n + tiny_run.train_slices.index(example.slice)] == example.influence
     assert seen >= 2
+
+
+@pytest.mark.parametrize("nothing", [0.0, np.nan])
+def test_a_query_that_nobody_influences_is_no_example_of_proponents_and_opponents(
+    tiny_run: Run, tmp_path: Path, nothing: float
+) -> None:
+    ignored = shutil.ignore_patterns("gradients.zarr", "tiles.zarr")
+    run = open_run(shutil.copytree(tiny_run.uri, tmp_path / "run", ignore=ignored))
+    tensor, queries = run.store.read("influence.zarr/test"), run.query_slices("test")
+    whole, first = tuple(slice(0, length) for length in tensor.shape), examples(run, 2)
+    assert len(first) == 4
+    shown = []
+    while len(found := examples(run, 2)) > 1:
+        shown.append(found[0].slice)
+        assert any(example.influence != 0 for example in found[1:])
+        tensor[1, queries.index(found[0].slice)] = nothing
+        run.store.write("influence.zarr/test", whole, tensor)
+    pixels = run.table("regions").query("`class` == 2").set_index("slice").pixels
+    assert len(shown) > 1
+    assert pixels[shown].is_monotonic_decreasing
+    assert [example.role for example in found] == [first[0].role]
 
 
 def test_maps_are_what_the_head_reads_and_their_region_maxima_stand_above(tiny_run: Run) -> None:
