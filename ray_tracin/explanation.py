@@ -75,6 +75,11 @@ class RegionExplanation:
         found = [*self.missing, *([f"read with a warning: {self.read_with}"] if self.read_with else [])]
         if self.proponents.empty and self.opponents.empty:
             found.append("nothing to rank: every influence on this region is 0 or left out")
+        if self.pixels == 0 and not self.whole_slice:
+            found.append(
+                "the checkpoints predict this region, the final network doesn't (regions.source=checkpoint): the "
+                "influence is theirs, and there are no pixels, overlap or Dice"
+            )
         if not self.labelled:
             found.append("this slice has no ground truth: the network's own prediction stands in for it")
         elif self.overlap < LOW_OVERLAP and not self.whole_slice:

@@ -80,7 +80,8 @@ class ScanExplanation:
 
     regions: pd.DataFrame
     """A row a region: case, index, class_id, class_name, pixels, overlap, dice, labelled, warnings, in_tensor (not
-    where the regions of a checkpoint are its own, and one doesn't predict it)."""
+    where the regions of a checkpoint are its own, and one doesn't predict it); pixels, overlap and dice are those of
+    the final network's region, 0 and NaN where it predicts none."""
     ranking: pd.DataFrame
     """A row a region, side (proponent or opponent) and rank: case, index and class_id of the region; influence and
     cosine; and of the train region train_slice, patient, train_index, train_class_id, train_class, overlap, is_global.
@@ -99,6 +100,8 @@ class ScanExplanation:
     """``raw`` influence or ``cosine``, as the run's own rankings."""
     warnings: Mapping[str, str] = field(default_factory=dict)
     """What cases were read and cut with."""
+    whole_slices: bool = False
+    """Whether scores are of whole slices, so that influence needs no region."""
 
     @property
     def notes(self) -> list[str]:
@@ -114,6 +117,12 @@ class ScanExplanation:
             found.append(
                 f"{'; '.join(_named(absent))}: not every checkpoint predicts it, so it has no influence "
                 "(regions.source=checkpoint): nothing to rank"
+            )
+        unpredicted = self.regions[self.regions["in_tensor"] & (self.regions["pixels"] == 0)]
+        if len(unpredicted) and not self.whole_slices:
+            found.append(
+                f"{'; '.join(_named(unpredicted))}: the checkpoints predict it, the final network doesn't "
+                "(regions.source=checkpoint): the influence is theirs"
             )
         unranked = self._unranked()
         if unranked:
@@ -153,7 +162,7 @@ def explain_scan(
     k: int = 20,
     keep_global: bool = False,
 ) -> ScanExplanation:
-    """The k strongest proponents and opponents of every region that the final network predicts on a new scan.
+    """The k strongest proponents and opponents of every region that the network predicts on a new scan.
 
     ``source`` is a folder of one examination or several, or a CSV file, as ``data.root``. ``size`` picks an index
     (the largest without it), `EXACT` the gradient shards of the run; ``indices`` picks slices instead of the run's own
@@ -169,25 +178,28 @@ def explain_scan(
     """
     size, of_train = pick_index(run, size), train_norm(run)
     scan = read_scan(run, source, indices)
-    if not bool(_regions(run, scan).any()):
-        threshold = run.config.regions.threshold
-        nothing = (
-            f"the network predicts no class with more than {threshold:.0%} confidence on the {len(scan.images)} slices "
-            f"of {source}, so there is nothing to explain: look at the images and their modalities, or name --index"
-        )
-        raise ValueError("; ".join([nothing, *_warned(scan.warnings)]))
+    exists = _regions(run, scan)
+    if not bool(exists.any()):
+        raise ValueError("; ".join([_nothing(run, scan, source), *_warned(scan.warnings)]))
     influence, norms = scan_influence(run, scan, size)
     scores = [class_scores(run, one + 1, influence[one], norms[one], of_train) for one in range(len(run.classes))]
     agreement = run.store.read_table(agreement_path(size)) if size else pd.DataFrame()
-    regions, is_global = _region_table(run, scan, influence), global_explainers(run)
+    regions, is_global = _region_table(run, scan, exists, influence), global_explainers(run)
     left_out = is_global & (not keep_global)
     counts = {name: int(left_out[place].sum()) for place, name in enumerate(run.classes)}
     told = {name: count for name, count in counts.items() if count and name in set(regions["class_name"])}
-    ranked_by = run.config.explainers.score
-    ranking = _rankings(run, scan, scores, is_global, left_out, k)
-    ranking = ranking.assign(ranked_by=ranked_by, sketch_size=np.int32(size))
+    ranking = _rankings(run, scan, scores, is_global, left_out, k).assign(sketch_size=np.int32(size))
     without = tuple(sorted(set(scan.table["case"]) - set(regions["case"])))
-    return ScanExplanation(regions, ranking, size, agreement, told, without, ranked_by, scan.warnings)
+    ranked_by, whole = run.config.explainers.score, run.config.gradients.score == "image"
+    return ScanExplanation(regions, ranking, size, agreement, told, without, ranked_by, scan.warnings, whole)
+
+
+def _nothing(run: Run, scan: NewScan, source: str | Path) -> str:
+    return (
+        f"the network predicts no class with more than {run.config.regions.threshold:.0%} confidence on the "
+        f"{len(scan.images)} slices of {source}, so there is nothing to explain: look at the images and their "
+        "modalities, or name --index"
+    )
 
 
 def pick_index(run: Run, size: int | None) -> int:
@@ -325,13 +337,14 @@ def _part(rows: Tensor, segment: Segment) -> Tensor:
 
 
 def _regions(run: Run, scan: NewScan) -> Tensor:
-    """Which regions there are to explain, (slice, class): all, where scores are of whole slices."""
-    return region_pixels(whole_slices(scan.masks) if run.config.gradients.score == "image" else scan.masks) > 0
+    """Which regions there are to explain, (slice, class): the final network's, and those of all checkpoints."""
+    pixels = [region_pixels(_masks(run, scan, epoch)) for epoch in run.config.influence_epochs()]
+    return (region_pixels(scan.masks) > 0) | (torch.stack(pixels) > 0).all(0)
 
 
-def _region_table(run: Run, scan: NewScan, influence: Tensor) -> pd.DataFrame:
+def _region_table(run: Run, scan: NewScan, exists: Tensor, influence: Tensor) -> pd.DataFrame:
     pixels, overlap = region_pixels(scan.masks), region_overlap(scan.masks, scan.labels)
-    slices, classes = (part.numpy() for part in _regions(run, scan).nonzero(as_tuple=True))
+    slices, classes = (part.numpy() for part in exists.nonzero(as_tuple=True))
     in_tensor = (~influence.isnan()).any(2).mT
     own = scan.table.iloc[slices].reset_index(drop=True)
     return own.assign(
@@ -366,11 +379,12 @@ def _rankings(
                 influence=mine.influence[position, columns].numpy(),
                 cosine=mine.cosine[position, columns].numpy(),
                 is_global=is_global[class_id - 1, columns].numpy(),
+                ranked_by=run.config.explainers.score,
                 query_labelled=bool(scan.table["labelled"].iloc[position]),
             )
             frames.append(frame)
     first = ["case", "index", "class_id", "class_name", "side", "rank", "influence", "cosine"]
-    names = [*first, *train.columns, "is_global", "query_labelled"]
+    names = [*first, *train.columns, "is_global", "query_labelled", "ranked_by"]
     return pd.concat(frames, ignore_index=True)[names] if frames else pd.DataFrame(columns=names)
 
 

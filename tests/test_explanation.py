@@ -222,6 +222,19 @@ def test_a_region_that_some_checkpoint_lacks_is_told_from_one_that_is_not_predic
         explain_region(Run(RunStore(planted.uri), run.config), *where)
 
 
+def test_a_region_that_the_checkpoints_alone_predict_is_told(planted: Run) -> None:
+    *where, row, class_id = first_region(planted, "test")
+    text = "the checkpoints predict this region, the final network doesn't"
+    assert not any(warning.startswith(text) for warning in explain_region(planted, *where).warnings)
+    table = planted.table("regions")
+    chosen = (table["slice"] == row) & (table["class"] == class_id)
+    table.loc[chosen, ["pixels", "overlap", "dice"]] = 0, np.nan, np.nan
+    table.to_parquet(Path(planted.uri) / "regions.parquet")
+    found = explain_region(planted, *where)
+    assert not found.proponents.empty
+    assert any(warning.startswith(text) for warning in found.warnings)
+
+
 def test_where_whole_slices_are_differentiated_overlap_says_nothing(planted: Run) -> None:
     gradients = planted.config.gradients.model_copy(update={"score": "image"})
     run = Run(planted.store, planted.config.model_copy(update={"gradients": gradients}))

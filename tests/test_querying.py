@@ -1,6 +1,7 @@
 """The index of a run and the explanation of a new scan, against the run's own tensor and through the command line."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -10,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ray_tracin import querying
 from ray_tracin.answers import scan_lines
 from ray_tracin.attribution import Differentiate
 from ray_tracin.claims import ClaimHeldError, driving
@@ -19,6 +21,7 @@ from ray_tracin.indexing import IndexSketches, agreement_path, indexed_sizes
 from ray_tracin.integrity import verify
 from ray_tracin.pipeline import Executors, index_sketches, release_gradients, status
 from ray_tracin.querying import EXACT, ScanExplanation, explain_scan, global_explainers, read_scan, scan_influence
+from ray_tracin.regions import region_overlap, region_pixels
 from ray_tracin.runs import Run, open_run
 from ray_tracin.scores import region_norms
 from ray_tracin.stages import Event, complete, execute_serially
@@ -261,6 +264,25 @@ def test_regions_that_are_annotated_as_nothing_rank_nobody_and_warnings_are_note
     ]
 
 
+def test_a_region_that_the_checkpoints_alone_predict_is_told(indexed: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = known_case(indexed)
+    scan = read_scan(indexed, folder)
+    place = next(iter((region_pixels(scan.masks) * (region_overlap(scan.masks, scan.labels) > 0)).nonzero().tolist()))
+    masks, scores = scan.masks.clone(), scan.scores.clone()
+    masks[*place], scores[*place] = False, torch.nan
+    monkeypatch.setattr(querying, "read_scan", lambda *_: replace(scan, masks=masks, scores=scores))
+    monkeypatch.setattr(querying, "_masks", lambda *_: scan.masks)
+    found = explain_scan(indexed, folder, size=2, k=2, keep_global=True)
+    about = folder.name, int(scan.table["index"][place[0]]), indexed.classes[place[1]]
+    region = ["case", "index", "class_name"]
+    mine = found.regions.set_index(region).loc[about]
+    assert (mine["pixels"], mine["in_tensor"]) == (0, True)
+    assert about in set(found.ranking[region].itertuples(index=False, name=None))
+    named, lines = f"{about[0]}, slice {about[1]}, {about[2]}", list(scan_lines(found))
+    assert any(note.startswith(f"{named}: the checkpoints predict it") for note in found.notes)
+    assert lines[lines.index(f"{named}: 0 pixels, region Dice –") + 1].startswith("  proponents: ")
+
+
 def test_what_a_scan_was_cut_with_is_noted_of_cases_without_a_region_too(indexed: Run, tmp_path: Path) -> None:
     folder, _ = known_case(indexed)
     oblong, faint = (Path(shutil.copytree(folder, tmp_path / f"new/{name}")) for name in ("OBLONG", "FAINT"))
@@ -293,6 +315,7 @@ def test_notes_name_the_regions_without_a_ranking_and_each_warning_once() -> Non
             "class_name": ["ED", "ET", "ED"],
             "labelled": True,
             "in_tensor": True,
+            "pixels": 5,
         }
     )
     ranking = regions.iloc[[1, 2]]

@@ -597,6 +597,35 @@ def test_where_whole_slices_are_differentiated_overlap_says_nothing(tiny_run: Ru
     assert all(title.endswith(": no region") for title in titles)
 
 
+def test_regions_of_checkpoints_and_of_the_final_network_are_told_apart(own_run: Run, look: Opener) -> None:
+    """``regions.source=checkpoint``: a region that the final network lacks, and the largest that a checkpoint does."""
+    norms = own_run.store.read("influence.zarr/norm2_test")
+    rows = list(own_run.query_slices("test"))
+    found = queried(own_run).sort_values("pixels")
+    telling = [norms[:, c - 1, rows.index(row)].sum() > 0 for row, c in zip(found.slice, found["class"], strict=True)]
+    alone, largest = found[telling].iloc[0], found[telling].iloc[-1]
+    norms[:, largest["class"] - 1, rows.index(largest.slice)] = np.nan
+    own_run.store.write("influence.zarr/norm2_test", tuple(slice(0, length) for length in norms.shape), norms)
+    tensor = own_run.store.read("influence.zarr/test")
+    tensor[largest["class"] - 1, rows.index(largest.slice)] = np.nan
+    own_run.store.write("influence.zarr/test", tuple(slice(0, length) for length in tensor.shape), tensor)
+
+    def drop(table: pd.DataFrame) -> pd.DataFrame:
+        chosen = (table.slice == alone.slice) & (table["class"] == alone["class"])
+        return table.assign(pixels=table.pixels.where(~chosen, 0), overlap=table.overlap.where(~chosen))
+
+    rewrite(own_run, "regions.parquet", drop)
+    page = look(render(open_run(own_run.uri)))
+    assert "No influence" not in page.locator("#facts").inner_text()
+    assert page.locator("#rankings .card").count() > 0
+    choose(page, alone.patient, alone["index"], own_run.classes[alone["class"] - 1])
+    assert "the final network doesn't" in page.locator("#facts").inner_text()
+    assert page.locator("#rankings .card").count() > 0
+    choose(page, largest.patient, largest["index"], own_run.classes[largest["class"] - 1])
+    assert "No influence: not every checkpoint predicts this region" in page.locator("#facts").inner_text()
+    assert page.locator("#rankings .card").count() == 0
+
+
 def test_it_starts_at_a_region_with_a_gradient_where_its_patient_has_one(tiny_run: Run, look: Opener) -> None:
     page = look(tiny_run)
     norms = tiny_run.store.read("influence.zarr/norm2_test").sum(axis=0)
@@ -642,6 +671,9 @@ def test_a_class_that_is_never_predicted_says_so(own_run: Run, look: Opener) -> 
         tensor = own_run.store.read(f"influence.zarr/{name}")
         tensor[2], tensor[:, :, 2 * n :] = np.nan, np.nan
         own_run.store.write(f"influence.zarr/{name}", tuple(slice(0, length) for length in tensor.shape), tensor)
+        norms = own_run.store.read(f"influence.zarr/norm2_{name}")
+        norms[:, 2] = np.nan
+        own_run.store.write(f"influence.zarr/norm2_{name}", tuple(slice(0, length) for length in norms.shape), norms)
     absent = {"pixels": 0, "overlap": np.nan, "dice": np.nan}
 
     def drop(table: pd.DataFrame) -> pd.DataFrame:

@@ -48,8 +48,10 @@ const classColour = (classId) => DATA.classes[classId - 1].colour;
 const classIds = () => DATA.classes.map((_, position) => position + 1);
 const regionPlace = (slice, classId) => slice * CLASSES + classId - 1;
 const isPredicted = (slice, classId) => REGIONS.pixels[regionPlace(slice, classId)] > 0;
-// Where scores are of whole slices, influence is there without a pixel above the threshold.
-const regionExists = (slice, classId) => DATA.wholeSlices || isPredicted(slice, classId);
+// The norm of a query's gradients; NaN where it is not in the tensor.
+const normOf = (query, classId) => unpack(DATA.queries[query].norm)[classId - 1];
+// Whole slices, and regions that checkpoints have of their own, have influence without a pixel of the final network's.
+const regionExists = (query, classId) => isPredicted(DATA.queries[query].slice, classId) || !Number.isNaN(normOf(query, classId));
 
 // Dice of the whole prediction of a class on a slice; NaN where the class is nowhere, or nothing is known of it.
 function sliceDice(slice, classId) {

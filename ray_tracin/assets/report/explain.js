@@ -16,7 +16,7 @@ const currentSlice = () => DATA.queries[CHOICE.query].slice;
 function scoresOf(query, classId, rows) {
   const columns = CLASSES * TRAIN;
   const influence = rows.subarray((classId - 1) * columns, classId * columns);
-  const norm = unpack(DATA.queries[query].norm)[classId - 1];
+  const norm = normOf(query, classId);
   const cosine = new Float64Array(columns).fill(NaN);
   if (TRAIN_NORM && norm !== 0) {
     for (let i = 0; i < columns; i++) {
@@ -117,14 +117,12 @@ function queriesOf(patient) {
   return [...DATA.queries.keys()].filter((query) => patientOf(query) === patient);
 }
 
-// How good a start a region is: its pixels, and if it has hardly a gradient only where there is no other.
+// How good a start a region is: its pixels, and if it has hardly a gradient, or none, only where there is no other.
 function promise(query, classId) {
   const { slice } = DATA.queries[query];
   const pixels = REGIONS.pixels[regionPlace(slice, classId)];
-  return isLowOverlap(slice, classId) || hasNoGradient(query, classId) ? pixels / SIZE ** 2 / 2 : pixels;
+  return normOf(query, classId) > 0 && !isLowOverlap(slice, classId) ? 1 + pixels : pixels / SIZE ** 2 / 2;
 }
-
-const hasNoGradient = (query, classId) => unpack(DATA.queries[query].norm)[classId - 1] === 0;
 
 // A patient's slice with the largest region is a better start than the first.
 function choosePatient(patient, classId = CHOICE.classId) {
@@ -174,16 +172,16 @@ function showQuery() {
   Object.assign(byId("slice"), { max: mine.length - 1, value: mine.indexOf(CHOICE.query) });
   byId("slice-name").textContent = `${examination(slice)}slice ${SLICES.index[slice]} (${mine.indexOf(CHOICE.query) + 1} of ${mine.length})`;
   const inChips = byId("classes").contains(document.activeElement);
-  byId("classes").replaceChildren(...classIds().map((classId) => classChip(slice, classId)));
+  byId("classes").replaceChildren(...classIds().map(classChip));
   if (inChips) byId("classes").querySelector(".chosen").focus();
   for (const pane of buildExplain.panes) pane.show(slice, CHOICE.classId);
   byId("facts").replaceChildren(...queryFacts(slice, CHOICE.classId));
   return showRankings();
 }
 
-function classChip(slice, classId) {
+function classChip(classId) {
   const chosen = classId === CHOICE.classId;
-  const there = regionExists(slice, classId);
+  const there = regionExists(CHOICE.query, classId);
   return h(`button.chip${chosen ? ".chosen" : ""}${there ? "" : ".empty"}`, {
     role: "radio", "aria-checked": String(chosen), dataset: { class: classId },
     title: there ? `Explain ${className(classId)} (${classId})` : "no region of this class on this slice",
@@ -193,8 +191,8 @@ function classChip(slice, classId) {
 
 function queryFacts(slice, classId) {
   const place = regionPlace(slice, classId);
-  if (!regionExists(slice, classId)) {
-    const there = classIds().filter((other) => regionExists(slice, other)).map(className).join(", ") || "none";
+  if (!regionExists(CHOICE.query, classId)) {
+    const there = classIds().filter((other) => regionExists(CHOICE.query, other)).map(className).join(", ") || "none";
     return [message(`The network predicts no ${className(classId)} with more than ${percent(DATA.threshold)} confidence ` +
       `here: there is nothing to explain. Regions on this slice: ${there}.`)];
   }
@@ -209,19 +207,27 @@ function queryFacts(slice, classId) {
     facts.push(h("span.warning", {}, "No ground truth: the network's own prediction stands in for it."));
   }
   if (SLICES.warnings[slice]) facts.push(h("span.warning", {}, `Read with a warning: ${SLICES.warnings[slice]}.`));
-  if (hasNoGradient(CHOICE.query, classId)) {
-    facts.push(h("span.warning", {}, "No gradient: every influence on this region is 0, so there is nothing to rank."));
-  } else if (isLowOverlap(slice, classId)) {
-    facts.push(h("span.warning", {}, "Low overlap: score and gradient are near 0, and the ranking says little."));
-  }
+  const doubt = doubtOf(CHOICE.query, classId);
+  if (doubt) facts.push(h("span.warning", {}, doubt));
   return facts;
+}
+
+// Why the ranking of a region that exists says little, or nothing.
+function doubtOf(query, classId) {
+  const { slice } = DATA.queries[query];
+  const norm = normOf(query, classId);
+  if (Number.isNaN(norm)) return "No influence: not every checkpoint predicts this region (regions.source=checkpoint), so there is nothing to rank.";
+  if (norm === 0) return "No gradient: every influence on this region is 0, so there is nothing to rank.";
+  if (isLowOverlap(slice, classId)) return "Low overlap: score and gradient are near 0, and the ranking says little.";
+  if (DATA.wholeSlices || isPredicted(slice, classId)) return "";
+  return "The checkpoints predict this region, the final network doesn't (regions.source=checkpoint): its influence is theirs, and there is no pixel to show.";
 }
 
 async function showRankings() {
   const { query, classId } = CHOICE;
   const slice = currentSlice();
   clearCards();
-  if (!regionExists(slice, classId)) {
+  if (!regionExists(query, classId)) {
     byId("rankings").replaceChildren(message("Nothing to explain: this region does not exist."));
     byId("links").replaceChildren();
     showComparison();
