@@ -164,14 +164,14 @@ def _tiles_of(run: Run, epochs: tuple[int, ...], executors: Executors, listen: L
     missing = tuple(sorted({key.epoch for key in tiles.keys() if str(key) not in done}))  # noqa: SIM118
     if missing:
         refuse_what_does_not_fit(run)
-        if plan_of(run).fused:
-            complete(ComputeTiles(run, epochs, fused=True), executors.pool, listen)
-            return
     keep = run.config.gradients.keep
-    shards = {*missing, *(_stored(run, epochs) if keep else ())}
-    if shards:
-        complete(Differentiate(run, tuple(sorted(shards))), executors.pool, listen)
-    complete(tiles, executors.pool, listen)
+    if missing and plan_of(run).fused:
+        complete(ComputeTiles(run, epochs, fused=True), executors.pool, listen)
+    else:
+        shards = {*missing, *(_stored(run, epochs) if keep else ())}
+        if shards:
+            complete(Differentiate(run, tuple(sorted(shards))), executors.pool, listen)
+        complete(tiles, executors.pool, listen)
     if not keep:
         release_gradients(run, epochs)
 

@@ -138,6 +138,21 @@ def test_a_run_whose_rows_were_made_goes_on_without_storing_any(patients: Path, 
     assert not (Path(run.uri) / "gradients.zarr").exists()
 
 
+def test_shards_that_tiles_no_longer_want_are_freed_too(patients: Path, tmp_path: Path) -> None:
+    short = ["training={epochs: 2, adam_epochs: 1}", "influence.checkpoints=1"]
+    settings = [*TINY, *short, f"data.root={patients}", "gradients={keep: false, source: fused}"]
+    run = start_run(tmp_path / "run", preset="demo", overrides=settings)
+    finish(run, "gradients")
+    stored = [receipt for receipt in run.store.receipts("gradients").values() if receipt.files]
+    assert stored
+    finish(run, "influence")
+    receipts = run.store.receipts("gradients")
+    assert len(receipts) == len(stored)
+    assert all(receipt.released for receipt in receipts.values())
+    assert not any((Path(run.uri) / file.path).exists() for receipt in stored for file in receipt.files)
+    assert verify(run) == {}
+
+
 VARIANTS = {
     "head": (["gradients.parameters=head"], ["head.weight"], False, 1e-5),
     "image": (["gradients.score=image"], None, True, 1e-5),
