@@ -63,12 +63,16 @@ def execute_with_ray_train(stage: Train, keys: Sequence[Any], report: Report, re
 
     def fit() -> None:
         try:
-            fitting.set_result(trainer.fit())
+            try:
+                result = trainer.fit()
+            finally:
+                # What Ray Train notes there is of no use later: checkpoints are the run's. Before anyone hears of the
+                # end, with which this process may end too.
+                shutil.rmtree(folder, ignore_errors=True)
         except BaseException as error:
             fitting.set_exception(error)
-        finally:
-            # What Ray Train notes there is of no use later: checkpoints are the run's.
-            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            fitting.set_result(result)
 
     # Who must stop, because the run is another driver's by now, must not wait for what may take hours.
     threading.Thread(target=fit, daemon=True, name="fit").start()
