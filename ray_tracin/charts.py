@@ -4,14 +4,15 @@ Colours are those of `figures`; what a class or a set is called stands beside it
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy.stats import gaussian_kde, permutation_test
 
 from ray_tracin.featuring import predictive_features
 from ray_tracin.runs import Run
@@ -153,7 +154,7 @@ def _draw_distributions(axis: Axes, groups: Sequence[Float[np.ndarray, "..."]]) 
         axis.hist(values, bins=list(edges), density=bool(values.size), alpha=0.45, color=colour, label=name)
         if np.unique(values).size > 2:
             grid = np.linspace(edges[0], edges[-1], 200)
-            axis.plot(grid, gaussian_kde(values)(grid), color=colour, linewidth=1.2)
+            axis.plot(grid, _scipy_stats().gaussian_kde(values)(grid), color=colour, linewidth=1.2)
 
 
 def compared(predictive: Float[np.ndarray, "..."], others: Float[np.ndarray, "..."]) -> str:
@@ -175,7 +176,7 @@ def _permutation_p(predictive: Float[np.ndarray, "..."], others: Float[np.ndarra
         return float((together >= predictive).mean())
     if others.size == 1:
         return float((together <= others).mean())
-    test = permutation_test(
+    test = _scipy_stats().permutation_test(
         (predictive, others),
         lambda one, other, axis: one.mean(axis=axis) - other.mean(axis=axis),
         alternative="greater",
@@ -184,3 +185,8 @@ def _permutation_p(predictive: Float[np.ndarray, "..."], others: Float[np.ndarra
         rng=np.random.default_rng(0),
     )
     return float(test.pvalue)
+
+
+def _scipy_stats() -> Any:
+    """The module, which takes longer to import than any other: commands that compare nothing don't wait for it."""
+    return import_module("scipy.stats")

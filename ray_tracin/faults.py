@@ -9,8 +9,8 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 
-from ray_tracin.nifti import ReadError
 from ray_tracin.stages import Stage, StageError, out_of_memory
+from ray_tracin.vocabulary import ReadError
 
 SHOWN_FAILURES = 5
 VERDICT_SECONDS = 2.0

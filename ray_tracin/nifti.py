@@ -22,6 +22,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
+from ray_tracin.vocabulary import ReadError
+
 Voxels = Float32[np.ndarray, "i j k"]
 Stored = Float32[np.ndarray, "a b c"]
 """Voxels with their axes as in the file."""
@@ -35,10 +37,6 @@ NIFTI2_HEADER_SIZE = 540
 
 class VolumeError(ValueError):
     """An examination can't be used; one line with the file, what was expected, what was found, what to do."""
-
-
-class ReadError(OSError):
-    """A disk or a mount failed under a file: it may pass, and says nothing of what is in the file."""
 
 
 @dataclass(frozen=True)

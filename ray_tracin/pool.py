@@ -33,7 +33,8 @@ from ray_tracin.faults import (
     stage_error,
     verdict,
 )
-from ray_tracin.stages import Attempt, Outcome, Report, Stage, StageWorker
+from ray_tracin.stages import Attempt, Outcome, Report, Stage
+from ray_tracin.workers import SLOWER_THAN_MEDIAN, PoolWorker
 
 SHORT_SECONDS = 1.0
 """Keys that take less than this are given out before the worker has finished the one before; others needn't be."""
@@ -43,8 +44,6 @@ POLL_SECONDS = 0.5
 RESIZE_SECONDS = 2.0
 IDLE_SECONDS = 30.0
 """Idle workers of a cluster that grows and shrinks are let go after this long."""
-SLOWER_THAN_MEDIAN = 20
-"""A key may take so many times the median before it is taken for hung, and no less than the lease."""
 COPIED_AFTER_MEDIANS = 3
 COPIED_AFTER_SECONDS = 10.0
 """When workers are idle, keys that take longer than this, and than so many medians, are done twice."""
@@ -54,23 +53,6 @@ NODE_LABEL = "ray.io/node-id"
 UNKNOWN = "unknown"
 
 logger = logging.getLogger(__name__)
-
-
-class PoolWorker:
-    """A process that does keys of one stage after another; wrapped into an actor where it is used."""
-
-    def where(self) -> str:
-        """The node that the process is on."""
-        return str(ray.get_runtime_context().get_node_id())
-
-    def open(self, stage: Stage[Any]) -> str:
-        """Get ready for a stage; host, process and device. Not done on creation: Ray would hide the error's cause."""
-        self._worker = StageWorker(stage)
-        return self._worker.name
-
-    def do(self, key: Any) -> float:
-        """Do a key; the seconds that it took."""
-        return self._worker.do(key).seconds
 
 
 @dataclass(eq=False)

@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import socket
-import statistics
 import threading
 import time
 from collections import deque
@@ -17,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, no_type_check
+from typing import Any
 
 # Ray reads these when it is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -30,10 +29,10 @@ from ray.exceptions import RayError, RayTaskError
 from ray_tracin.assignment import TRIES
 from ray_tracin.capacity import most_cpus, refuse_nodes_without_memory, resource_options, room_for, waiting_told
 from ray_tracin.config import RunConfig
-from ray_tracin.faults import cause_of, ended_after, reason, repeats, stage_error
+from ray_tracin.faults import cause_of, reason, repeats, stage_error
 from ray_tracin.phantom import Edition, patient_grades, reserve, write_patient, write_tables
 from ray_tracin.planning import plan_of
-from ray_tracin.pool import SLOWER_THAN_MEDIAN, Pool
+from ray_tracin.pool import Pool
 from ray_tracin.stages import (
     Attempt,
     Event,
@@ -41,12 +40,12 @@ from ray_tracin.stages import (
     Outcome,
     Report,
     Stage,
-    StageWorker,
     require_one_storage,
     sound_receipts,
 )
 from ray_tracin.store import IncompleteRunError
 from ray_tracin.vocabulary import UsageError
+from ray_tracin.workers import do_in_order
 
 OBJECT_STORE_BYTES = 128 << 20
 CONNECT_SECONDS = 10.0
@@ -222,7 +221,7 @@ def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Report, op
     left, strikes = deque(keys), 0
     while left:
         began = time.time()
-        remote = ray.remote(num_returns="streaming", max_retries=0, **options)(_in_order)
+        remote = ray.remote(num_returns="streaming", max_retries=0, **options)(do_in_order)
         try:
             references: Any = remote.remote(stage, list(left))
             for reference in references:
@@ -252,27 +251,6 @@ def _execute_together(stage: Stage[Any], keys: Sequence[Any], report: Report, op
     except Exception as error:
         undone = len({str(key) for key in keys} - sound_receipts(stage.run, stage.name).keys())
         raise stage_error(stage, {"training together": error}, len(keys), undone=undone) from error
-
-
-@no_type_check  # Ray asks whether this is a generator function, which a checking wrapper would hide.
-def _in_order(stage: Stage[Any], keys: Sequence[Any]) -> Iterator[str]:
-    worker = StageWorker(stage)
-    seconds = [receipt.seconds for receipt in stage.run.store.receipts(stage.name).values()]
-    for key in keys:
-        with ended_after(_longest(stage, seconds)):
-            seconds.append(worker.do(key).seconds)
-        yield str(key)
-
-
-def _longest(stage: Stage[Any], seconds: Sequence[float]) -> float | None:
-    """Seconds after which a key is taken for hung, by those that the keys before it took; None for the first.
-
-    A key after which files were lost does what leads to it anew, which at the most is all keys.
-    """
-    if not seconds:
-        return None
-    many = max(SLOWER_THAN_MEDIAN, len(stage.keys()))
-    return 2 * max(float(stage.run.config.resources.lease_seconds), many * statistics.median(seconds))
 
 
 def write_phantoms(

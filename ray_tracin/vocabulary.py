@@ -42,6 +42,10 @@ class UsageError(ValueError):
     """What was asked for by name is not there, or can't be had that way; on the command line, exit code 2."""
 
 
+class ReadError(OSError):
+    """A disk or a mount failed under a file: it may pass, and says nothing of what is in the file."""
+
+
 def checkpoint_name(epoch: int) -> str:
     """The name of an epoch's checkpoint in every path and table, such as ``epoch_06``."""
     return f"epoch_{epoch:02d}"

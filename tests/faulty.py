@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ray_tracin.gradients import NonFiniteGradientError
-from ray_tracin.nifti import ReadError
 from ray_tracin.stages import Result, Stage
-from ray_tracin.vocabulary import SliceRange
+from ray_tracin.vocabulary import ReadError, SliceRange
 
 ARRAY = "squares.zarr/x"
 BROKEN = "BROKEN_DEVICE"

@@ -214,9 +214,7 @@ class TestBadData:
             assert again.exit_code == 0, again.stderr
             now = started_times(disk / "run")
             assert {key: now[key] for key in kept} == kept, "nothing that was done is done again"
-            mine, undisturbed = arrays_and_tables(disk / "run"), arrays_and_tables(Path(tiny_run.uri))
-            assert mine == {path: undisturbed[path] for path in mine}
-            assert mine.keys() >= {path for path in undisturbed if path.startswith("influence.zarr/")}
+            assert is_the_tensor_of(tiny_run, disk / "run")
         finally:
             subprocess.run(["umount", str(disk)], check=True)
 
@@ -360,15 +358,14 @@ def test_an_explanation_is_drawn(tiny_run: Run, tmp_path: Path) -> None:
 # Killed and started again.
 
 
-def drive(run: Path, root: Path, *extra: str) -> subprocess.Popen[str]:
+def drive(run: Path, root: Path, command: str = "run") -> subprocess.Popen[str]:
     """The command in a process group of its own, so that a kill takes Ray's processes with it."""
-    configured = ["--preset", "demo", *settings(f"data.root={root}", *extra)]
-    command = [sys.executable, "-m", "ray_tracin.cli", "run", "--run", str(run), *configured]
+    configured = ["--run", str(run), "--preset", "demo", *settings(f"data.root={root}")]
     environment = {
         key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
     }
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", "ray_tracin.cli", command, *configured],
         cwd=ROOT,
         env=environment,
         start_new_session=True,
@@ -385,7 +382,10 @@ def receipts_of(run: Path, stage: str) -> int:
 
 
 KILLED = {"train": 3, "tiles": 7}
-"""The stages in which the driver is killed, and after how many of their keys; `test_chaos` kills in all of them."""
+"""The stages in which the driver is killed, and after how many of their keys.
+
+`test_chaos` kills in all stages of a whole run; this one ends with the tensor, the dear part.
+"""
 
 
 @pytest.mark.slow
@@ -393,7 +393,7 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(tiny_run: Run, patients: P
     run = tmp_path / "run"
     kept: dict[str, float] = {}
     for stage, keys in KILLED.items():
-        driver = drive(run, patients)
+        driver = drive(run, patients, "influence")
         deadline = time.monotonic() + 120
         while receipts_of(run, stage) <= keys and driver.poll() is None:
             assert time.monotonic() < deadline, f"{stage} never began"
@@ -405,14 +405,12 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(tiny_run: Run, patients: P
         again = {key for key, value in kept.items() if now.get(key) != value}
         assert again == set(), f"computed again after the kill before {stage}"
         kept = now
-    driver = drive(run, patients)
+    driver = drive(run, patients, "influence")
     _, errors = driver.communicate(timeout=200)
     assert driver.returncode == 0, errors
     now = started_times(run)
     assert {key for key, value in kept.items() if now[key] != value} == set()
-    assert now.keys() == started_times(Path(tiny_run.uri)).keys()
-    mine, undisturbed = (arrays_and_tables(Path(uri)) for uri in (run, tiny_run.uri))
-    assert mine == undisturbed
+    assert is_the_tensor_of(tiny_run, run)
 
 
 @pytest.mark.slow
@@ -448,6 +446,13 @@ def arrays_and_tables(root: Path) -> dict[str, bytes]:
     kept = (*root.glob("*.zarr/**/*"), *root.glob("*.parquet"), *root.glob("tables/**/*"), *root.glob("checkpoints/*"))
     files = [path for path in kept if path.is_file() and "#" not in path.name and path.name != "events.parquet"]
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def is_the_tensor_of(undisturbed: Run, run: Path) -> bool:
+    """Whether a run that ended with its tensor has every bit of one that went on from there."""
+    mine, whole = arrays_and_tables(run), arrays_and_tables(Path(undisturbed.uri))
+    assert mine == {path: whole[path] for path in mine}
+    return mine.keys() >= {path for path in whole if path.startswith("influence.zarr/")}
 
 
 def test_an_address_at_which_nobody_listens_is_refused_at_once(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EDGE = {"__init__", "cli", "faults", "capacity", "pool", "runtime", "datasets", "distributed"}
+EDGE = {"__init__", "cli", "faults", "capacity", "pool", "runtime", "workers", "datasets", "distributed"}
 CORE = sorted(path.stem for path in (ROOT / "ray_tracin").glob("*.py") if path.stem not in EDGE)
 
 

@@ -10,7 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from ray_tracin.nifti import ReadError, VolumeError, align, load_grid, load_scan, reorient
+from ray_tracin.nifti import VolumeError, align, load_grid, load_scan, reorient
+from ray_tracin.vocabulary import ReadError
 
 SHAPE = (4, 5, 6)
 LPS = np.array([[-1.0, 0, 0, 3], [0, -1, 0, 4], [0, 0, 1, 0], [0, 0, 0, 1]])

@@ -19,14 +19,13 @@ from ray_tracin import store as paths
 from ray_tracin.faults import ended_after
 from ray_tracin.integrity import verify
 from ray_tracin.learning import Train
-from ray_tracin.nifti import ReadError
 from ray_tracin.pipeline import Executors, run_to
 from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices, usable_cases
 from ray_tracin.presets import build_config
 from ray_tracin.runs import Run, start_run
 from ray_tracin.runtime import RayExecutor
 from ray_tracin.stages import Event, Executor, Stage, StageError, complete, done_receipts, execute_serially
-from ray_tracin.vocabulary import SliceRange, UsageError
+from ray_tracin.vocabulary import ReadError, SliceRange, UsageError
 
 
 @dataclass(frozen=True)

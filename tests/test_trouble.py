@@ -104,7 +104,7 @@ def test_a_worker_that_takes_all_memory_is_ended_by_ray_and_costs_a_key_or_two(t
 
 
 KILLS = 5
-WORK = ("ray::PoolWorker.do", "ray::_in_order", "ray::Map", "ray::_map_task")
+WORK = ("ray::PoolWorker.do", "ray::do_in_order", "ray::Map", "ray::_map_task")
 """How processes call themselves that are at a key: of the pool, of training, and of tables."""
 
 
