@@ -5,17 +5,13 @@ and what to do; ``--debug`` shows the traceback.
 """
 
 import json
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ray_tracin.answers import (
     agreement_table,
@@ -26,8 +22,10 @@ from ray_tracin.answers import (
     status_table,
     write_ranking,
 )
+from ray_tracin.branching import take_over
 from ray_tracin.capacity import on_one_device
-from ray_tracin.claims import ClaimHeldError, current_driver
+from ray_tracin.claims import current_driver
+from ray_tracin.console import configuring, fail, failing_clearly, out, print_lines, print_pairs
 from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explanation import explain_region
 from ray_tracin.figures import draw_explanation
@@ -45,7 +43,6 @@ from ray_tracin.stages import Listener, Report, Stage
 from ray_tracin.vocabulary import UsageError
 
 DEMO_PATIENTS = 28
-LOG_WIDTH = 160
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,14 +50,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# A log has no width that lines must keep to.
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 RunOption = Annotated[str, typer.Option("--run", help="Folder or URL of the run: ./my-run, s3://bucket/run.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")]
 PresetOption = Annotated[str | None, typer.Option("--preset", help="demo or paper.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="One setting, such as data.root=/data/brats.")]
+BaseOption = Annotated[
+    str | None, typer.Option("--from", help="Begin with what another run has and the settings given don't change.")
+]
 AddressOption = Annotated[
     str | None, typer.Option("--address", help="Ray cluster; embedded without it or RAY_ADDRESS.")
 ]
@@ -77,47 +74,6 @@ def versioned(
         raise typer.Exit
 
 
-@contextmanager
-def _failing_clearly(debug: bool) -> Iterator[None]:
-    """Turn an error into a message and an exit code."""
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except KeyboardInterrupt:
-        _fail("interrupted; what is done is kept, the same command goes on", 130)
-    except Exception as error:
-        if debug:
-            raise
-        notes = "".join(f"\n  ({note})" for note in getattr(error, "__notes__", ()))
-        known = isinstance(error, ValueError | OSError)
-        kind = "" if known else f"{type(error).__name__}: "
-        hint = "" if known else "\nThis is not an error that was foreseen: --debug shows where it comes from"
-        _fail(f"{kind}{error}{notes}{hint}", 2 if isinstance(error, UsageError) else 1)
-
-
-@contextmanager
-def _configuring(debug: bool) -> Iterator[None]:
-    """The part of a command in which an error is the configuration's."""
-    try:
-        yield
-    except ClaimHeldError:
-        raise  # Which no other setting would help.
-    except (ValueError, OSError) as error:
-        if debug:
-            raise
-        _fail(str(error), 2)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    err.print(f"[bold red]error:[/] {_literal(message)}")
-    raise typer.Exit(code)
-
-
-def _literal(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
 @app.command()
 def demo(
     run: RunOption = "ray-tracin-demo",
@@ -126,8 +82,8 @@ def demo(
     debug: DebugOption = False,
 ) -> None:
     """Synthetic patients, then everything on them: minutes on two CPU cores."""
-    with _failing_clearly(debug):
-        with _configuring(debug):
+    with failing_clearly(debug):
+        with configuring(debug):
             where = f"data.root={_demo_patients(run)}"
             opened = start_run(run, preset="demo", overrides=[where, *(overrides or [])])
         started = time.monotonic()
@@ -135,7 +91,7 @@ def demo(
             if not is_prepared(opened):
                 write_phantoms(Path(str(opened.config.data.root)), DEMO_PATIENTS, listen)
             _complete(opened, STEPS[-1], listen, kind)
-        _print_lines(result_lines(opened, time.monotonic() - started))
+        print_lines(result_lines(opened, time.monotonic() - started))
 
 
 def _demo_patients(run: str) -> Path:
@@ -161,7 +117,7 @@ def phantom(
     debug: DebugOption = False,
 ) -> None:
     """Synthetic patients in a BraTS layout, and nothing else."""
-    with _failing_clearly(debug), cluster(address), progress(out) as listen:
+    with failing_clearly(debug), cluster(address), progress(out) as listen:
         write_phantoms(folder, patients, listen, edition=edition, seed=seed)
     out.print(f"{patients} synthetic patients in {folder.absolute()}")
 
@@ -179,19 +135,35 @@ def step_command(step: str, before: Callable[[Run], None] | None = None) -> Call
         overrides: SetOption = None,
         address: AddressOption = None,
         debug: DebugOption = False,
+        base: BaseOption = None,
     ) -> None:
-        with _failing_clearly(debug):
-            with _configuring(debug):
-                opened = start_run(run, preset=preset, config=config, overrides=overrides or [])
+        with failing_clearly(debug):
+            opened = _begun(run, config, preset, overrides, debug, base)
+            with configuring(debug):
                 refuse_missing_patients(opened)
             started = time.monotonic()
             with cluster(address) as kind, progress(out) as listen:
                 if before is not None:
                     before(opened)
                 _complete(opened, step, listen, kind)
-            _print_lines(result_lines(opened, time.monotonic() - started))
+            print_lines(result_lines(opened, time.monotonic() - started))
 
     return command
+
+
+def _begun(
+    run: str, config: Path | None, preset: str | None, overrides: list[str] | None, debug: bool, base: str | None
+) -> Run:
+    """The run with its configuration, and with what it takes from another one."""
+    with configuring(debug):
+        former = None if base is None else open_run(base)
+        if former is not None and (preset, config) != (None, None):
+            raise UsageError("--from brings the configuration of its run: leave --preset and --config out")
+        opened = start_run(run, preset=preset, config=config, overrides=overrides or [], base=former)
+    if former is not None:
+        with progress(out) as listen:
+            take_over(former, opened, listen)
+    return opened
 
 
 def report_command(  # noqa: PLR0913, PLR0917
@@ -212,7 +184,7 @@ def report_command(  # noqa: PLR0913, PLR0917
     debug: DebugOption = False,
 ) -> None:
     """Render the page for readers. Renders again where the options differ from those it was rendered with."""
-    with _failing_clearly(debug), _configuring(debug):
+    with failing_clearly(debug), configuring(debug):
         wanted = None if queries is None else read_queries(queries, run)
         asked = {"queries": wanted, "top_k": top_k, "images": images}
         # JSON would escape what is beyond 16 bits as two characters, and YAML, which reads this, take them for two.
@@ -262,21 +234,21 @@ def plan_command(
     debug: DebugOption = False,
 ) -> None:
     """Before anything runs: bytes, passes, arithmetic, memory of a worker, and which limit it would break."""
-    with _failing_clearly(debug):
-        with _configuring(debug):
+    with failing_clearly(debug):
+        with configuring(debug):
             planned = plan_run(run, config=config, preset=preset, overrides=overrides or [], patients=patients)
-        _print_plan("Plan", planned.lines())
+        print_pairs("Plan", planned.lines())
         if calibrated:
-            _print_plan("Time, at the rates of this machine", planned.estimate(measure(planned, run)))
+            print_pairs("Time, at the rates of this machine", planned.estimate(measure(planned, run)))
         if planned.problems:
-            _fail("this would not fit:\n  " + "\n  ".join(planned.problems), 1)
+            fail("this would not fit:\n  " + "\n  ".join(planned.problems), 1)
 
 
 @app.command("status")
 def status_command(run: RunOption, debug: DebugOption = False) -> None:
     """Keys done of all, rate, time left, retries and cost, per stage."""
-    with _failing_clearly(debug):
-        with _configuring(debug):
+    with failing_clearly(debug):
+        with configuring(debug):
             opened = open_run(run)
         out.print(status_table(status(opened)))
         driver = current_driver(opened.store.objects)
@@ -286,8 +258,8 @@ def status_command(run: RunOption, debug: DebugOption = False) -> None:
 @app.command("verify")
 def verify_command(run: RunOption, debug: DebugOption = False) -> None:
     """Check every byte of a run against its receipts."""
-    with _failing_clearly(debug):
-        with _configuring(debug):
+    with failing_clearly(debug):
+        with configuring(debug):
             opened = open_run(run)
         problems = verify(opened)
         if not problems:
@@ -299,14 +271,14 @@ def verify_command(run: RunOption, debug: DebugOption = False) -> None:
         damaged, foreign = len(problems) - (FOREIGN in problems), len(problems.get(FOREIGN, []))
         again = ["run the same command again, which computes exactly these anew"] if damaged else []
         strays = [f"`ray-tracin repair --run {opened.uri}` deletes the foreign files"] if foreign else []
-        _fail(f"{damaged} damaged keys, {foreign} foreign files: {'; '.join([*again, *strays])}", 1)
+        fail(f"{damaged} damaged keys, {foreign} foreign files: {'; '.join([*again, *strays])}", 1)
 
 
 @app.command("repair")
 def repair_command(run: RunOption, debug: DebugOption = False) -> None:
     """Restore the configuration's files, delete what belongs to no key; running again computes what is damaged."""
-    with _failing_clearly(debug):
-        with _configuring(debug):
+    with failing_clearly(debug):
+        with configuring(debug):
             refuse_no_run(run)
         done = repair(run)
         for line in done:
@@ -330,12 +302,12 @@ def explain(
     Neutral regions are those with the influence nearest to 0, low overlap left out. The features are the predictive
     ones in which query and train region agree most, with their similarity (eq. 7).
     """
-    with _failing_clearly(debug):
-        with _configuring(debug):
+    with failing_clearly(debug):
+        with configuring(debug):
             opened = open_run(run)
             _refuse_other_files(picture, ".png")
         found = explain_region(opened, patient, index, class_name, top, keep_global=keep_global)
-        _print_lines(region_lines(found, keep_global=keep_global))
+        print_lines(region_lines(found, keep_global=keep_global))
         for name in found.rankings:
             out.print(ranking_table(found, name))
         if picture is not None:
@@ -351,8 +323,8 @@ def nifti_command(
     debug: DebugOption = False,
 ) -> None:
     """Predictions and regions as NIfTI label maps over the original images, with colours for 3D Slicer and ITK-SNAP."""
-    with _failing_clearly(debug):
-        with _configuring(debug):
+    with failing_clearly(debug):
+        with configuring(debug):
             opened = open_run(run)
         for path in export_label_maps(opened, folder, patient):
             out.print(str(path), markup=False)
@@ -368,8 +340,8 @@ def sketches(
     debug: DebugOption = False,
 ) -> None:
     """Index the training set by sketches, for `query`; measures what the index is worth on the run's own tensor."""
-    with _failing_clearly(debug):
-        with _configuring(debug):
+    with failing_clearly(debug):
+        with configuring(debug):
             opened = start_run(open_run(run).uri, overrides=overrides or [])
         started = time.monotonic()
         with cluster(address) as kind, progress(out) as listen, RayExecutor(elastic=kind == "cluster") as pool:
@@ -395,8 +367,8 @@ def query(  # noqa: PLR0913, PLR0917
     debug: DebugOption = False,
 ) -> None:
     """Explain a scan that isn't part of the run: the proponents and opponents of every region predicted on it."""
-    with _failing_clearly(debug):
-        with _configuring(debug):
+    with failing_clearly(debug):
+        with configuring(debug):
             opened = open_run(run)
             _refuse_other_files(table, ".parquet", ".csv")
             if exact and size is not None:
@@ -404,7 +376,7 @@ def query(  # noqa: PLR0913, PLR0917
         started = time.monotonic()
         wanted = EXACT if exact else size
         found = explain_scan(opened, case, size=wanted, indices=index or (), k=top, keep_global=keep_global)
-        _print_lines(scan_lines(found))
+        print_lines(scan_lines(found))
         if table is not None:
             write_ranking(found.ranking, table)
             out.print(f"ranking in {table}", markup=False)
@@ -428,18 +400,6 @@ def _refuse_other_files(path: Path | None, *kinds: str) -> None:
     if path.suffix not in kinds or path.is_dir():
         raise UsageError(f"--out writes a {' or a '.join(kinds)} file, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _print_plan(title: str, lines: Sequence[tuple[str, str]]) -> None:
-    table = Table("what", "how much", title=title)
-    for what, how_much in lines:
-        table.add_row(what, how_much)
-    out.print(table)
-
-
-def _print_lines(lines: Iterable[str]) -> None:
-    for line in lines:
-        out.print(line, markup=False)
 
 
 if __name__ == "__main__":

@@ -272,10 +272,12 @@ def start_run(
     preset: str | None = None,
     config: Path | None = None,
     overrides: Sequence[str] = (),
+    base: Run | None = None,
 ) -> Run:
     """The run at the URI, begun with this configuration, or gone on with where it exists.
 
     A run that exists needs no configuration again; one that is given must not differ in what changes the answer.
+    ``base``: a run whose configuration stands in for a preset or a file.
 
     Raises:
         ValueError: a bad configuration, one that differs from the run's own (every difference is listed), or none
@@ -283,7 +285,7 @@ def start_run(
         FileNotFoundError: the configuration file does not exist.
         ClaimHeldError: another driver is about to compute the run with the configuration that it has.
     """
-    document = read_document(config)
+    document = read_document(config) if base is None else _stored_document(base.store)
     store = RunStore(uri)
     if not is_run(uri):
         _refuse_passing_folder(uri)
@@ -336,7 +338,8 @@ def _wanted(
         listed = "\n  ".join(differences)
         raise ValueError(
             f"the run at {run.uri} has another configuration (stored → given):\n  {listed}\n"
-            f"`ray-tracin run --run {run.uri}`, without them, goes on with it as it is; or give another --run"
+            f"`ray-tracin run --run {run.uri}`, without them, goes on with it as it is. Or give another --run: with "
+            f"--from {run.uri} it begins with what these settings don't change"
         )
     return wanted, bool(differences)
 
