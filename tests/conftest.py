@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from ray_tracin.branching import take_over
 from ray_tracin.phantom import write_patients
 from ray_tracin.pipeline import STEPS, Executors, run_to
 from ray_tracin.runs import Run, start_run
@@ -55,6 +56,13 @@ def tiny_run(patients: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run, made by one process without a cluster."""
     run = start_run(tmp_path_factory.mktemp("tiny") / "run", preset="demo", overrides=[*TINY, f"data.root={patients}"])
     run_to(run, STEPS[-1], Executors(execute_serially, execute_serially), lambda event: None)
+    return run
+
+
+def branch(base: Run, folder: Path, *overrides: str) -> Run:
+    """A run that begins with what the settings given leave as it is of another one, such as its network."""
+    run = start_run(folder, overrides=overrides, base=base)
+    take_over(base, run, lambda event: None)
     return run
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, branch
 from test_cli import invoke
 from test_pipeline import assert_close, bits, expected_tensor, finish, tensor
 
@@ -14,12 +14,6 @@ from ray_tracin.pipeline import status
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.stages import Event
 from ray_tracin.vocabulary import UsageError
-
-
-def branch(base: Run, folder: Path, *overrides: str) -> Run:
-    run = start_run(folder, overrides=overrides, base=base)
-    take_over(base, run, lambda event: None)
-    return run
 
 
 def test_other_rankings_of_the_same_tensor_and_back(tiny_run: Run, tmp_path: Path) -> None:

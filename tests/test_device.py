@@ -8,7 +8,7 @@ import oracle
 import pretended
 import pytest
 import torch
-from conftest import TINY
+from conftest import branch
 from test_gradients import CASES, by_parameter, differentiator
 from test_querying import EVERYTHING, known_case
 
@@ -68,12 +68,10 @@ def _kernel(layout, rows, dtype, precision):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "precision"), [("stored", "bfloat16"), ("fused", "float32")])
-def test_a_run_gives_the_tensor_of_one_on_the_host(tiny_run: Run, patients: Path, tmp_path: Path, source, precision):
+def test_a_run_gives_the_tensor_of_one_on_the_host(tiny_run: Run, tmp_path: Path, source, precision):
     choices = f"gradients={{precision: {precision}, dtype: {precision}, source: {source}, shard_slices: 4}}"
-    run = start_run(
-        tmp_path / "run", preset="demo", overrides=[*TINY, f"data.root={patients}", choices, "influence.tile_slices=14"]
-    )
     with pretended.gpu(values=1 << 18):
+        run = branch(tiny_run, tmp_path / "run", choices, "influence.tile_slices=14")
         run_to(run, "ablation" if source == "stored" else "influence", SERIAL, lambda event: None)
         index_sketches(run, EVERYTHING, SERIAL, lambda event: None)
         folder, rows = known_case(run)

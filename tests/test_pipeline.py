@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, branch
 from test_querying import known_case
 
 import ray_tracin
@@ -111,15 +111,11 @@ def test_norms_of_test_queries_are_those_of_their_gradients(tiny_run: Run) -> No
     torch.testing.assert_close(got[there].double(), torch.as_tensor(expected)[there], rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("overrides", [[], ["gradients.dtype=float16"], ["influence.tile_slices=6"]])
-def test_rows_that_are_made_give_the_bits_of_rows_that_are_stored(
-    patients: Path, tmp_path: Path, overrides: list[str]
-) -> None:
+@pytest.mark.parametrize("override", ["gradients.dtype=float16", "influence.tile_slices=6", "influence.tile_slices=20"])
+def test_rows_that_are_made_give_the_bits_of_rows_that_are_stored(tiny_run: Run, tmp_path: Path, override: str) -> None:
     found = []
     for source in ("stored", "fused"):
-        settings = [*TINY, f"data.root={patients}", *overrides, f"gradients.source={source}"]
-        run = start_run(tmp_path / source, preset="demo", overrides=settings)
+        run = branch(tiny_run, tmp_path / source, override, f"gradients.source={source}")
         finish(run, "influence")
         found.append({path: value for path, value in bits(run).items() if not path.startswith("gradients.zarr")})
         assert (Path(run.uri) / "gradients.zarr").exists() == (source == "stored")
@@ -128,9 +124,8 @@ def test_rows_that_are_made_give_the_bits_of_rows_that_are_stored(
     assert found[0] == found[1]
 
 
-def test_a_run_whose_rows_were_made_goes_on_without_storing_any(patients: Path, tmp_path: Path) -> None:
-    settings = [*TINY, f"data.root={patients}", "gradients.source=fused"]
-    run = start_run(tmp_path / "run", preset="demo", overrides=settings)
+def test_a_run_whose_rows_were_made_goes_on_without_storing_any(tiny_run: Run, tmp_path: Path) -> None:
+    run = branch(tiny_run, tmp_path / "run", "influence.tile_slices=20", "gradients.source=fused")
     finish(run, "influence")
     events: list[Event] = []
     run_to(run, "export", Executors(execute_serially, execute_serially), events.append)
@@ -138,10 +133,9 @@ def test_a_run_whose_rows_were_made_goes_on_without_storing_any(patients: Path, 
     assert not (Path(run.uri) / "gradients.zarr").exists()
 
 
-def test_shards_that_tiles_no_longer_want_are_freed_too(patients: Path, tmp_path: Path) -> None:
-    short = ["training={epochs: 2, adam_epochs: 1}", "influence.checkpoints=1"]
-    settings = [*TINY, *short, f"data.root={patients}", "gradients={keep: false, source: fused}"]
-    run = start_run(tmp_path / "run", preset="demo", overrides=settings)
+def test_shards_that_tiles_no_longer_want_are_freed_too(tiny_run: Run, tmp_path: Path) -> None:
+    freed = ["gradients.keep=false", "gradients.source=fused"]
+    run = branch(tiny_run, tmp_path / "run", "influence.checkpoints=1", *freed)
     finish(run, "gradients")
     stored = [receipt for receipt in run.store.receipts("gradients").values() if receipt.files]
     assert stored
@@ -163,11 +157,9 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_by_the_same_path_equal_the_oracle(
-    tiny_run: Run, patients: Path, tmp_path: Path, variant: str
-) -> None:
+def test_variants_by_the_same_path_equal_the_oracle(tiny_run: Run, tmp_path: Path, variant: str) -> None:
     overrides, names, whole, tolerance = VARIANTS[variant]
-    run = start_run(tmp_path / "run", preset="demo", overrides=[*TINY, f"data.root={patients}", *overrides])
+    run = branch(tiny_run, tmp_path / "run", *overrides)
     finish(run, "influence")
     if variant == "pattern":
         model = run.model("final")
@@ -182,11 +174,9 @@ def test_variants_by_the_same_path_equal_the_oracle(
         assert_close(tensor(run, query_set), expected_tensor(run, query_set, names, whole), tolerance)
 
 
-def test_plain_tracin_is_the_sum_over_both_classes(tiny_run: Run, patients: Path, tmp_path: Path) -> None:
+def test_plain_tracin_is_the_sum_over_both_classes(tiny_run: Run, tmp_path: Path) -> None:
     """Eq. 4 from eq. 5: with L = 1 − (1/C) Σ D_i, ⟨∇L, ∇L'⟩ is the sum of the terms over both classes, over C²."""
-    run = start_run(
-        tmp_path / "run", preset="demo", overrides=[*TINY, f"data.root={patients}", "gradients.score=image"]
-    )
+    run = branch(tiny_run, tmp_path / "run", "gradients.score=image")
     finish(run, "influence")
     epoch, rows = run.config.influence_epochs()[0], run.train_slices[:3]
     model = oracle.double(run.model(epoch=epoch))
@@ -207,9 +197,8 @@ def test_plain_tracin_is_the_sum_over_both_classes(tiny_run: Run, patients: Path
     assert oracle.difference(got, expected) < 1e-5
 
 
-def test_regions_of_each_checkpoint_are_another_tensor(tiny_run: Run, patients: Path, tmp_path: Path) -> None:
-    overrides = [*TINY, f"data.root={patients}", "regions.source=checkpoint"]
-    run = start_run(tmp_path / "run", preset="demo", overrides=overrides)
+def test_regions_of_each_checkpoint_are_another_tensor(tiny_run: Run, tmp_path: Path) -> None:
+    run = branch(tiny_run, tmp_path / "run", "regions.source=checkpoint")
     finish(run, "influence")
     own, final = tensor(run, "train"), tensor(tiny_run, "train")
     both = ~(own.isnan() | final.isnan())
