@@ -9,6 +9,7 @@ No image is opened here: what the files hold is the business of `volumes`.
 import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,8 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 }
 """Modality → endings of its file names, until 2022 and since 2023; any other modality ends in its own name."""
 
+FOREIGN = (".", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+"""How names begin of what systems leave in archives and on disks; it looks like damaged cases, or is closed."""
 LISTING = "dataset.csv"
 GRADES = ("HGG", "LGG")
 KNOWN_LAYOUTS = (
@@ -101,6 +104,7 @@ def find_cases(config: DataConfig) -> tuple[list[Case], list[Skipped]]:
 
     Raises:
         FileNotFoundError: ``data.root`` does not exist.
+        PermissionError: a folder below it can't be listed or entered.
         UsageError: it is not set or holds no case; two cases have one name; or the grade or cohort asked for can't be
             told.
         ValueError: none of its cases can be used, or, under ``data.strict``, any is skipped.
@@ -111,10 +115,8 @@ def find_cases(config: DataConfig) -> tuple[list[Case], list[Skipped]]:
         found = list(_listed_cases(listing, config))
         mapping: dict[str, dict[str, str]] = {}
     else:
-        unreadable: list[Skipped] = []
-        entries = list(_folders(root, unreadable))
+        entries = list(_folders(root))
         found = [result for folder, files in entries if (result := _case(folder, files, root, config)) is not None]
-        found += unreadable
         mapping = _name_mapping(path for _, files in entries for path in files if path.name == "name_mapping.csv")
     cases = [_graded(result, mapping) for result in found if isinstance(result, Case)]
     skipped = [result for result in found if isinstance(result, Skipped)]
@@ -176,10 +178,11 @@ def _listing(root: Path, config: DataConfig) -> Path | None:
 # The BraTS tree
 
 
-def _folders(root: Path, unreadable: list[Skipped]) -> Iterator[tuple[Path, list[Path]]]:
+def _folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:
     """Every folder with its entries; a folder named like a NIfTI file counts as an entry and is not entered.
 
-    Folders below the root that can't be listed, as the ``lost+found`` of a disk, are added to the unreadable.
+    Raises:
+        PermissionError: as `_looking_into`.
     """
     pending, seen = [root], set()
     while pending:
@@ -188,17 +191,27 @@ def _folders(root: Path, unreadable: list[Skipped]) -> Iterator[tuple[Path, list
         if resolved in seen:  # links may form a loop
             continue
         seen.add(resolved)
-        # What macOS adds to archives looks like cases whose files are damaged.
-        try:
-            entries = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX")))
-        except PermissionError as error:
-            if folder == root:
-                raise
-            unreadable.append(_skip(folder, f"can't be listed ({error.strerror}): give the user that runs this access"))
-            continue
-        below = [path for path in entries if path.is_dir() and not _NIFTI.search(path.name)]
-        pending.extend(reversed(below))
+        with _looking_into(folder):
+            entries = sorted(path for path in folder.iterdir() if not path.name.startswith(FOREIGN))
+            below = {path for path in entries if path.is_dir() and not _NIFTI.search(path.name)}
+        pending.extend(path for path in reversed(entries) if path in below)
         yield folder, [path for path in entries if path not in below]
+
+
+@contextmanager
+def _looking_into(folder: Path) -> Iterator[None]:
+    """Names the folder that this user may not list or enter: what it holds may be patients, whom nobody would miss.
+
+    Raises:
+        PermissionError: there is one.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise PermissionError(
+            f"{folder}: can't be looked into ({error.strerror}): let the user that runs this read it, or keep it out "
+            "of data.root"
+        ) from None
 
 
 def _case(folder: Path, entries: Sequence[Path], root: Path, config: DataConfig) -> Case | Skipped | None:
@@ -276,7 +289,8 @@ def _file(path: Path) -> Path:
     """The file itself, where a mirror has wrapped it in a folder of its name."""
     if not path.is_dir():
         return path
-    inside = sorted(entry for entry in path.iterdir() if _NIFTI.search(entry.name) and not entry.is_dir())
+    with _looking_into(path):
+        inside = sorted(entry for entry in path.iterdir() if _NIFTI.search(entry.name) and not entry.is_dir())
     if len(inside) != 1:
         raise ValueError(f"{path.name} is a folder: expected one NIfTI file in it, found {_names(inside)}")
     return inside[0]

@@ -214,21 +214,46 @@ def test_strict_fails_on_the_first_that_is_skipped(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_that_cannot_be_listed_is_one_line() -> None:
-    with TemporaryDirectory() as name:  # Whose parents everyone may enter.
+@contextmanager
+def open_to_everyone() -> Iterator[Path]:
+    """A folder with two cases, which anyone may read, and whose parents everyone may enter."""
+    with TemporaryDirectory() as name:
         root = Path(name)
-        closed = root / "lost+found"
-        closed.mkdir()
-        case = add_case(root / "BraTS2021_00000")
-        for folder in (root, case):
+        for folder in (root, *(add_case(root / f"BraTS2021_0000{n}") for n in range(2))):
             folder.chmod(0o755)
-        closed.chmod(0)
+        yield root
+
+
+@pytest.mark.parametrize("mode", [0, 0o111, 0o444], ids=["closed", "unlisted", "unentered"])
+def test_a_case_that_may_not_be_looked_into_is_an_error_that_names_it(mode: int) -> None:
+    with open_to_everyone() as root:
+        closed = root / "BraTS2021_00001"
+        closed.chmod(mode)
+        with without_privileges(), pytest.raises(PermissionError) as caught:
+            found(root)
+    assert str(caught.value) == (
+        f"{closed}: can't be looked into (Permission denied): let the user that runs this read it, or keep it out of "
+        "data.root"
+    )
+
+
+def test_a_folder_around_a_file_that_may_not_be_looked_into_is_an_error_too() -> None:
+    with open_to_everyone() as root:
+        folder = root / "BraTS2021_00001"
+        (folder / "BraTS2021_00001_seg.nii.gz").unlink()
+        wrapped = folder / "BraTS2021_00001_seg.nii"
+        wrapped.mkdir(mode=0)
+        with without_privileges(), pytest.raises(PermissionError, match=r"_seg\.nii: can't be looked into"):
+            found(root)
+
+
+@pytest.mark.parametrize("name", ["lost+found", "System Volume Information", "$RECYCLE.BIN", ".Trash-0"])
+def test_what_disks_keep_for_themselves_is_no_case(name: str) -> None:
+    with open_to_everyone() as root:
+        (root / name).mkdir(mode=0)
         with without_privileges():
-            cases, skipped = found(root)
-    assert [case.case for case in cases] == ["BraTS2021_00000"]
-    assert [(skip.case, skip.reason) for skip in skipped] == [
-        ("lost+found", "can't be listed (Permission denied): give the user that runs this access")
-    ]
+            cases, skipped = found(root, strict=True)
+    assert (len(cases), skipped) == (2, [])
 
 
 @contextmanager
