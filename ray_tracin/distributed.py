@@ -4,9 +4,7 @@ For networks and data that keep more than one GPU busy. A plain Ray task is the 
 fraction of the time. Importing Ray Train takes seconds, so this module is loaded only when it is asked for.
 """
 
-import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -15,6 +13,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch.distributed
+from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchTrainer, get_device
 from torch import nn
@@ -37,7 +37,6 @@ def execute_with_ray_train(stage: Train, keys: Sequence[Any], report: Report, re
     Raises:
         Exception: what the training raised, as Ray Train reports it.
     """
-    folder = tempfile.mkdtemp(prefix="ray-tracin-train-")
     trainer = TorchTrainer(
         train_together,
         train_loop_config={"stage": stage, "keys": list(keys)},
@@ -46,7 +45,10 @@ def execute_with_ray_train(stage: Train, keys: Sequence[Any], report: Report, re
         ),
         run_config=RunConfig(
             name=f"train-{stage.run.fingerprint[:12]}",
-            storage_path=folder,
+            # Ray Train wants a place for checkpoints, which the run keeps itself. A folder would stay behind whenever
+            # this process ends before the training does.
+            storage_path="/",
+            storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
             failure_config=FailureConfig(max_failures=TRIES - 1),
         ),
     )
@@ -63,12 +65,7 @@ def execute_with_ray_train(stage: Train, keys: Sequence[Any], report: Report, re
 
     def fit() -> None:
         try:
-            try:
-                result = trainer.fit()
-            finally:
-                # What Ray Train notes there is of no use later: checkpoints are the run's. Before anyone hears of the
-                # end, with which this process may end too.
-                shutil.rmtree(folder, ignore_errors=True)
+            result = trainer.fit()
         except BaseException as error:
             fitting.set_exception(error)
         else:
