@@ -140,11 +140,11 @@ def _rewind(run: Run, trainer: Trainer, key: EpochKey, agree: Agree) -> None:
 
 
 def _states(run: Run) -> dict[int, StoredFile]:
-    receipts = run.store.receipts(Train.name)
-    damaged = file_problems(run.store, receipts.values(), check_bytes=True)
-    sound = [receipt for name, receipt in receipts.items() if f"{Train.name}/{name}" not in damaged]
-    held = {int(receipt.key.removeprefix("epoch_")): receipt for receipt in sound}
-    return {epoch: file for epoch, receipt in held.items() if (file := _state_of(receipt))}
+    """The states that training may go on from, by epoch; of the other epochs no byte is read."""
+    held = [receipt for receipt in run.store.receipts(Train.name).values() if _state_of(receipt)]
+    damaged = file_problems(run.store, held, check_bytes=True)
+    sound = {receipt.key: receipt for receipt in held if f"{Train.name}/{receipt.key}" not in damaged}
+    return {int(key.removeprefix("epoch_")): file for key, receipt in sound.items() if (file := _state_of(receipt))}
 
 
 def _state_path(key: EpochKey) -> str:

@@ -1,5 +1,6 @@
 """Training in several processes through Ray Train."""
 
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,8 +13,8 @@ import torch
 from conftest import TINY
 
 from ray_tracin.claims import ClaimLostError
-from ray_tracin.learning import Train
-from ray_tracin.objects import StoredFile
+from ray_tracin.learning import Train, drop_states
+from ray_tracin.objects import Objects, StoredFile
 from ray_tracin.pipeline import Executors, run_to
 from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices
 from ray_tracin.runs import Run, open_run, start_run
@@ -33,18 +34,20 @@ class Endless:
 
 
 def test_a_driver_that_has_to_stop_does_not_wait_for_the_training(
-    tiny_run: Run, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray_tracin import distributed
 
     def report(key: object, attempt: Attempt | None = None) -> None:
         raise ClaimLostError("the run is another's by now")
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(distributed, "TorchTrainer", Endless)
     stage, began = Train(tiny_run), time.monotonic()
     with pytest.raises(ClaimLostError):
         distributed.execute_with_ray_train(stage, stage.keys(), report, {"CPU": 1.0})
     assert time.monotonic() - began < 60
+    assert not list(tmp_path.iterdir()), "nor leaves anything behind"
 
 
 class Answered:
@@ -120,6 +123,16 @@ def test_a_state_that_a_shared_folder_shows_late_is_waited_for(
         ValueError, match=r"goes on from checkpoints/state_02\.pt, of \d+ bytes .* that all nodes share"
     ):
         as_second_of_two(half_trained)(EpochKey(3))
+
+
+def test_of_what_training_has_left_only_what_it_may_go_on_from_is_read(
+    half_trained: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop_states(half_trained, before=2)
+    read, sound = [], Objects.checksum
+    monkeypatch.setattr(Objects, "checksum", lambda objects, path: read.append(path) or sound(objects, path))
+    execute_serially(Train(half_trained), [EpochKey(3)], lambda key, attempt=None: None)
+    assert sorted(read) == ["checkpoints/epoch_02.pt", "checkpoints/state_02.pt"]
 
 
 @pytest.mark.ray
