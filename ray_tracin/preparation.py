@@ -10,7 +10,7 @@ import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -108,6 +108,9 @@ class Index(Stage[str]):
     def _index(self) -> Result:
         config, store = self.run.config, self.run.store
         inspections, skipped = usable_cases(self.run)
+        if config.data.strict and skipped:
+            first = skipped[0]
+            raise ValueError(f"{first['case']} can't be used, and none may be left out: {first['reason']}")
         reasons = _reasons(skipped)
         if not inspections:
             raise ValueError(f"none of the {len(skipped)} cases in {config.data.root} can be used:{reasons}")
@@ -236,10 +239,14 @@ def usable_cases(run: Run) -> tuple[list[Inspection], list[dict[str, str]]]:
     cases, unreadable = find_cases(run.config.data)
     receipts = run.store.receipts(Inspect.name)
     # Of a case that is gone by now there may be a receipt, of one that came meanwhile none.
-    found = [receipts.get(str(CaseKey(case.case))) for case in cases]
-    results = [receipt.result for receipt in found if receipt is not None]
-    usable = [Inspection.from_json(result["inspection"]) for result in results if "inspection" in result]
-    skipped = [dict(result["skipped"]) for result in results if "skipped" in result]
+    held = [(case, receipt.result) for case in cases if (receipt := receipts.get(str(CaseKey(case.case)))) is not None]
+    # Whose examination it is a CSV file may tell otherwise by now.
+    usable = [
+        replace(Inspection.from_json(result["inspection"]), case=case)
+        for case, result in held
+        if "inspection" in result
+    ]
+    skipped = [dict(result["skipped"]) for _, result in held if "skipped" in result]
     skipped += [_skipped_row(case.case, case.path, case.reason) for case in unreadable]
     labelled = {one.case.patient for one in usable if one.case.label is not None}
     # An examination without ground truth is only a query: were its patient trained on, it would explain itself.
@@ -338,12 +345,19 @@ def _reasons(skipped: Sequence[Mapping[str, str]]) -> str:
 
 def _require_all(case: Case, there: Mapping[str, list[int]]) -> None:
     """Nothing, if the files of a case are where its driver has seen them: else the node is at fault, not the case."""
-    gone = [str(path) for path in _files(case) if str(path) not in there]
-    if gone:
+    gone = next((path for path in _files(case) if str(path) not in there), None)
+    if gone is None:
+        return
+    here = socket.gethostname()
+    if gone.is_symlink():
         raise FileNotFoundError(
-            f"{gone[0]} was there when the cases were listed, and is not on {socket.gethostname()}: every node must "
-            "see data.root (a volume, a mount, or the image)"
+            f"{gone} is a link to {gone.readlink()}, which is not on {here}: fetch the file or mount its disk, or take "
+            "the case out of data.root"
         )
+    raise FileNotFoundError(
+        f"{gone} was there when the cases were listed, and is not on {here}: every node must see data.root (a volume, "
+        "a mount, or the image)"
+    )
 
 
 def _holders(inspections: Sequence[Inspection]) -> str:

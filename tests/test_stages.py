@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -247,6 +248,47 @@ def test_a_case_that_is_deleted_before_slices_are_numbered_is_forgotten(own_pati
     assert receipt is not None
     assert list(receipt.result["cases"]) == [*names[:2], *names[3:]]
     assert run.table("skipped").empty
+
+
+def test_a_csv_file_that_is_mended_before_slices_are_numbered_counts(own_patients: Path, tmp_path: Path) -> None:
+    listing = tmp_path / "dataset.csv"
+
+    def list_patients(names: Sequence[str]) -> None:
+        lines = ["case,patient,t1,t1ce,t2,flair,label"]
+        for name, folder in zip(names, _cases(own_patients), strict=True):
+            files = [str(folder / f"{folder.name}_{ending}.nii.gz") for ending in ("t1", "t1ce", "t2", "flair", "seg")]
+            lines.append(",".join([folder.name, name, *files]))
+        listing.write_text("\n".join(lines))
+
+    list_patients([f"examination {n}" for n in range(6)])
+    run = start_run(tmp_path / "run", preset="demo", overrides=[*TINY, f"data.root={listing}"])
+    assert len(_inspected(run)) == 6
+    list_patients(list("aabbcc"))
+    _inspected(run)
+    assert [found.case.patient for found in usable_cases(run)[0]] == list("aabbcc")
+
+
+def test_a_link_to_nothing_is_told_as_such(own_patients: Path) -> None:
+    folders, run = _cases(own_patients), _start_on(own_patients)
+    file = folders[1] / f"{folders[1].name}_t1.nii.gz"
+    file.unlink()
+    file.symlink_to(own_patients / "annex" / "t1.nii.gz")
+    with pytest.raises(FileNotFoundError) as caught:
+        _inspected(run)
+    assert str(caught.value).startswith(f"{file} is a link to {own_patients / 'annex' / 't1.nii.gz'}, which is not on ")
+
+
+def test_strictly_no_examination_may_lack_the_segmentation_that_another_of_its_patient_has(own_patients: Path) -> None:
+    for number, folder in enumerate(_cases(own_patients)[:2]):
+        renamed = folder.rename(own_patients / f"BraTS-GLI-00001-00{number}")
+        for path in renamed.iterdir():
+            path.rename(renamed / path.name.replace(folder.name, renamed.name))
+    (renamed / f"{renamed.name}_seg.nii.gz").unlink()
+    overrides = [*TINY, f"data.root={own_patients}", "data.strict=true"]
+    run = start_run(own_patients.parent / "run", preset="demo", overrides=overrides)
+    _inspected(run)
+    with pytest.raises(ValueError, match=r"^BraTS-GLI-00001-001 can't be used, and none may be left out: has no segm"):
+        _complete(Index(run), execute_serially)
 
 
 @pytest.mark.parametrize("asked", ["read_bytes", "stat"])
