@@ -380,7 +380,7 @@ class RunConfig(Section):
         ]
 
     def to_yaml(self) -> str:
-        """The whole configuration, as ``from_yaml`` reads it."""
+        """The whole configuration, as `presets.parse_yaml` reads it."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
