@@ -9,7 +9,7 @@ import gzip
 import math
 import socket
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +98,7 @@ class Grid:
     @property
     def lps_shape(self) -> tuple[int, int, int]:
         """The shape of the volume that `reorient` makes of the file."""
-        i, j, k = reorient(np.empty(self.shape, np.float32), self.affine)[0].shape
-        return i, j, k
+        return lps_grid(self.shape, self.affine)[0]
 
 
 def load_grid(path: Path) -> Grid:
@@ -141,10 +140,21 @@ def reorient(voxels: Stored, affine: Affine) -> tuple[Voxels, Affine]:
 
     Axes are permuted and flipped to the nearest of these directions; nothing is resampled.
     """
+    turned = nib.orientations.apply_orientation(voxels, _to_lps(affine))
+    return np.ascontiguousarray(turned), lps_grid(voxels.shape, affine)[1]
+
+
+def lps_grid(shape: Sequence[int], affine: Affine) -> tuple[tuple[int, int, int], Affine]:
+    """The shape and the affine that `reorient` gives to voxels of this shape, without any."""
+    turn = _to_lps(affine)
+    i, j, k = (int(shape[axis]) for axis in np.argsort(turn[:, 0]))
+    return (i, j, k), affine @ nib.orientations.inv_ornt_aff(turn, shape)
+
+
+def _to_lps(affine: Affine) -> Any:
+    """For each axis its place among the axes toward left, posterior and superior, and whether it is flipped."""
     target = nib.orientations.axcodes2ornt(("L", "P", "S"))
-    turn = nib.orientations.ornt_transform(nib.orientations.io_orientation(affine), target)
-    turned = nib.orientations.apply_orientation(voxels, turn)
-    return np.ascontiguousarray(turned), affine @ nib.orientations.inv_ornt_aff(turn, voxels.shape)
+    return nib.orientations.ornt_transform(nib.orientations.io_orientation(affine), target)
 
 
 def align(scan: Scan, reference: Scan) -> tuple[Voxels, str | None]:
@@ -158,11 +168,11 @@ def align(scan: Scan, reference: Scan) -> tuple[Voxels, str | None]:
         VolumeError: the shapes differ.
     """
     own, own_affine = reorient(scan.voxels, scan.affine)
-    expected, expected_affine = reorient(reference.voxels, reference.affine)
+    expected_shape, expected_affine = lps_grid(reference.voxels.shape, reference.affine)
     shift = float(np.abs(own_affine - expected_affine).max())
-    if own.shape == expected.shape and shift < AFFINE_TOLERANCE:
+    if own.shape == expected_shape and shift < AFFINE_TOLERANCE:
         return own, None
-    near = own.shape == expected.shape and shift < nib.affines.voxel_sizes(reference.affine).min()
+    near = own.shape == expected_shape and shift < nib.affines.voxel_sizes(reference.affine).min()
     if not near and scan.voxels.shape != reference.voxels.shape:
         raise VolumeError(
             f"{scan.path}: expected shape {reference.voxels.shape} as {reference.path.name} has, found "

@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int32, Integer, Shaped, UInt8
 
 from ray_tracin.config import DataConfig, SliceSelection, SplitConfig
 from ray_tracin.folders import Case, Dialect
-from ray_tracin.nifti import Affine, Scan, VolumeError, Voxels, align, load_scan, reorient
+from ray_tracin.nifti import Affine, Scan, VolumeError, Voxels, align, load_scan, lps_grid
 from ray_tracin.vocabulary import MOST_CLASSES, Split
 
 LABEL_TOLERANCE = 1e-3
@@ -131,7 +131,7 @@ def load_volume(case: Case) -> Volume:
     labels = None if case.label is None else _integers(load_scan(case.label), reference, warnings)
     if labels is not None and not labels.any():
         warnings.append("the segmentation is empty: no voxel is labelled")
-    return Volume(images, labels, reorient(reference.voxels, reference.affine)[1], tuple(warnings), case.case)
+    return Volume(images, labels, lps_grid(reference.voxels.shape, reference.affine)[1], tuple(warnings), case.case)
 
 
 def inspect_case(case: Case, config: DataConfig) -> Inspection:
