@@ -179,11 +179,7 @@ def _listing(root: Path, config: DataConfig) -> Path | None:
 
 
 def _folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Every folder with its entries; a folder named like a NIfTI file counts as an entry and is not entered.
-
-    Raises:
-        PermissionError: as `_looking_into`.
-    """
+    """Every folder with its entries; a folder named like a NIfTI file counts as an entry and is not entered."""
     pending, seen = [root], set()
     while pending:
         folder = pending.pop()
@@ -200,11 +196,7 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 @contextmanager
 def _looking_into(folder: Path) -> Iterator[None]:
-    """Names the folder that this user may not list or enter: what it holds may be patients, whom nobody would miss.
-
-    Raises:
-        PermissionError: there is one.
-    """
+    """Names the folder that this user may not list or enter: what it holds may be patients, whom nobody would miss."""
     try:
         yield
     except PermissionError as error:
@@ -221,6 +213,9 @@ def _case(folder: Path, entries: Sequence[Path], root: Path, config: DataConfig)
         is_leaf = not any(path.is_dir() for path in folder.iterdir())
         named = folder != root and is_leaf and _BRATS_NAME.match(folder.name)
         return _skip(folder, "expected NIfTI files, found none: extract the case again") if named else None
+    strange = next((path for path in images if _as_text(path) != str(path)), None)
+    if strange is not None:
+        return _skip(folder, f"expected names in UTF-8, found {_as_text(strange)}: rename what holds a question mark")
     files = {name: [path for path in images if _is_modality(path, name)] for name in config.modalities}
     if not any(files.values()):
         expected = ", ".join(_expected(name) for name in config.modalities)
@@ -238,7 +233,12 @@ def _case(folder: Path, entries: Sequence[Path], root: Path, config: DataConfig)
 
 
 def _skip(folder: Path, reason: str) -> Skipped:
-    return Skipped(folder.name, str(folder), reason)
+    return Skipped(_as_text(folder.name), _as_text(folder), reason)
+
+
+def _as_text(path: Path | str) -> str:
+    """With question marks for what is no UTF-8, which no table can hold."""
+    return str(path).encode(errors="replace").decode()
 
 
 def _is_modality(path: Path, name: str) -> bool:

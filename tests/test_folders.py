@@ -198,6 +198,15 @@ def test_a_case_folder_without_images_is_one_line(tmp_path: Path) -> None:
     assert only_reason(tmp_path) == "expected NIfTI files, found none: extract the case again"
 
 
+def test_a_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    add_case(tmp_path / os.fsdecode(b"M\xfcller"))
+    assert only_reason(tmp_path) == (
+        f"expected names in UTF-8, found {tmp_path}/M?ller/M?ller_flair.nii.gz: rename what holds a question mark"
+    )
+    (skipped,) = found(tmp_path)[1]
+    assert (skipped.case, skipped.path) == ("M?ller", f"{tmp_path}/M?ller")
+
+
 def test_images_of_no_known_name_are_one_line(tmp_path: Path) -> None:
     add_case(tmp_path / "imagesTr", [f"{n:04d}" for n in range(8)])
     reason = only_reason(tmp_path)
