@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch.distributed
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError, get_context
 from ray.train.torch import TorchTrainer, get_device
 from torch import nn
 
@@ -35,7 +36,7 @@ def execute_with_ray_train(stage: Train, keys: Sequence[Any], report: Report, re
     A process that is lost ends the group, and a new group goes on from the newest checkpoint.
 
     Raises:
-        Exception: what the training raised, as Ray Train reports it.
+        Exception: what the training raised.
     """
     trainer = TorchTrainer(
         train_together,
@@ -75,8 +76,22 @@ def execute_with_ray_train(stage: Train, keys: Sequence[Any], report: Report, re
     threading.Thread(target=fit, daemon=True, name="fit").start()
     while wait([fitting], POLL_SECONDS).not_done:
         report_finished()
-    fitting.result()
+    try:
+        fitting.result()
+    except WorkerGroupError as error:
+        raise _cause(error) from error
     report_finished()
+
+
+def _cause(error: WorkerGroupError) -> Exception:
+    """What a process of the group raised, or that it died, and not what the others made of losing it."""
+    failures = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
+    raised = [getattr(one, "_base_exc", getattr(one, "health_check_failure", one)) for one in failures]
+
+    def told_last(one: Exception) -> tuple[bool, bool]:
+        return not isinstance(one, ValueError | OSError), not isinstance(one, RayError)
+
+    return min(raised, key=told_last, default=error)
 
 
 def train_together(config: dict[str, Any]) -> None:

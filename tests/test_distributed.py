@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from ray.exceptions import ActorDiedError
 
 from ray_tracin.claims import ClaimLostError
 from ray_tracin.learning import Train, drop_states
-from ray_tracin.objects import Objects, StoredFile
+from ray_tracin.objects import Objects, StorageError, StoredFile
 from ray_tracin.pipeline import Executors, run_to
 from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor
-from ray_tracin.stages import Attempt, Event, complete, execute_serially
+from ray_tracin.stages import Attempt, Event, StageError, complete, execute_serially
 from ray_tracin.training import Trainer
 from ray_tracin.vocabulary import EpochKey
 
@@ -48,6 +49,61 @@ def test_a_driver_that_has_to_stop_does_not_wait_for_the_training(
         distributed.execute_with_ray_train(stage, stage.keys(), report, {"CPU": 1.0})
     assert time.monotonic() - began < 60
     assert not list(tmp_path.iterdir()), "nor leaves anything behind"
+
+
+def raised_in(process: Callable[[], None]) -> Exception:
+    """What Ray Train makes of an error in one of the processes."""
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+    from ray.train.v2._internal.util import construct_user_exception_with_traceback
+
+    try:
+        process()
+    except ActorDiedError as error:
+        return WorkerHealthCheckFailedError("A worker health check failed.", failure=error)
+    except Exception as error:
+        return construct_user_exception_with_traceback(error)
+    raise AssertionError("it raised nothing")
+
+
+def test_what_one_process_raised_is_told_and_not_what_the_others_made_of_it(
+    tiny_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.train import WorkerGroupError
+
+    from ray_tracin import distributed, runtime
+
+    def full() -> None:
+        error = StorageError("no space is left on the bucket")
+        error.add_note("in stage train, key epoch_01")
+        raise error
+
+    def left_alone() -> None:
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:2345")
+
+    def died() -> None:
+        raise ActorDiedError
+
+    processes: dict[int, Callable[[], None]] = {}
+
+    class Failing(Endless):
+        def fit(self) -> None:
+            failures = {rank: raised_in(process) for rank, process in processes.items()}
+            text = "\n".join(f"[Rank {rank} Error Snippet]:\n{failure}" for rank, failure in failures.items())
+            raise WorkerGroupError(text, failures)
+
+    monkeypatch.setattr(distributed, "TorchTrainer", Failing)
+    stage, message = Train(tiny_run), "no space is left on the bucket$"
+    for raising, told in (
+        ({0: full}, message),
+        ({0: full, 1: left_alone}, message),
+        ({0: left_alone, 1: full}, message),
+        ({0: left_alone, 1: died}, r"its worker went away \(ActorDiedError\)$"),
+        ({0: left_alone}, "RuntimeError: Connection closed by peer"),
+    ):
+        processes.clear()
+        processes.update(raising)
+        with pytest.raises(StageError, match=f"training together: {told}"):
+            runtime._execute_together(stage, stage.keys(), lambda key, attempt=None: None, {"num_cpus": 1.0})
 
 
 class Answered:
