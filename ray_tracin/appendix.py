@@ -11,10 +11,12 @@ import pandas as pd
 
 from ray_tracin import store as paths
 from ray_tracin.charts import findings
+from ray_tracin.costs import EVENTS_KEY
 from ray_tracin.dossier import Json, packed
 from ray_tracin.featuring import pooled
-from ray_tracin.runs import Run
+from ray_tracin.runs import RECORD, Run
 from ray_tracin.scores import train_cells
+from ray_tracin.stages import LAYOUT
 from ray_tracin.store import Receipt
 from ray_tracin.vocabulary import ranges
 
@@ -123,9 +125,10 @@ def _splits(slices: pd.DataFrame) -> list[Json]:
 
 
 def _stages(run: Run) -> list[tuple[str, list[Receipt]]]:
-    """The stages that have receipts, in the order in which they began."""
+    """The stages that have receipts, in the order in which they began; no pseudo-stages, and not the report itself."""
     names = {path.split("/")[1] for path in run.store.objects.sizes(paths.RECEIPTS) if path.count("/") > 1}
-    found = [(name, list(run.store.receipts(name).values())) for name in names - {"layout", "report"}]
+    names -= {LAYOUT, RECORD[0], EVENTS_KEY, "report"}
+    found = [(name, list(run.store.receipts(name).values())) for name in names]
     return sorted(found, key=lambda stage: min((receipt.started for receipt in stage[1]), default=0.0))
 
 

@@ -20,12 +20,12 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from typer.testing import CliRunner
 
-from ray_tracin.appendix import choices
+from ray_tracin.appendix import about_run, choices
 from ray_tracin.claims import driving
 from ray_tracin.cli import app
 from ray_tracin.phantom import write_patients
 from ray_tracin.pictures import DrawSlices, encode_image, encode_runs
-from ray_tracin.pipeline import STEPS, Executors, run_to
+from ray_tracin.pipeline import STEPS, Executors, run_to, stage_names
 from ray_tracin.report import RenderReport, refuse_wrong_queries
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.stages import complete, execute_serially
@@ -494,6 +494,11 @@ def test_the_page_says_how_it_was_made(tiny_run: Run, look: Opener) -> None:
     assert "needs no other file" in told
     page.locator("summary", has_text="Configuration").click()
     assert page.locator("[data-testid=config]").text_content() == tiny_run.config.to_yaml()
+
+
+def test_what_it_cost_is_told_of_stages_alone(tiny_run: Run) -> None:
+    told = {line["stage"] for line in about_run(tiny_run)["cost"]}
+    assert told == set(stage_names(tiny_run)) - {RenderReport.name}
 
 
 def test_features_that_are_not_measured_are_not_called_silent(tiny_run: Run, look: Opener) -> None:
