@@ -310,6 +310,19 @@ def test_pictures_and_overlays_are_of_the_slice(tiny_run: Run, look: Opener) -> 
     assert not middle[inner].any(), "and not under its colour"
 
 
+def test_a_region_is_found_by_its_own_labels_however_many_are_kept(tiny_run: Run, look: Opener) -> None:
+    page = look(tiny_run)
+    script = """(full) => SLICES.row.flatMap((_, slice) => classIds().map((classId) => {
+      keptLabels.clear();
+      labelsOf(slice, "prediction");
+      for (let i = 1; full && i < KEPT_LABELS; i++) keptLabels.set(i, new Uint16Array(SIZE * SIZE));
+      return boxOf(slice, classId);
+    }))"""
+    boxes = page.evaluate(script, False)
+    assert any(boxes)
+    assert page.evaluate(script, True) == boxes
+
+
 ZOOM = "getComputedStyle(document.documentElement).getPropertyValue('--zoom')"
 
 

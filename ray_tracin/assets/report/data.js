@@ -155,19 +155,22 @@ async function decodedSquare(address, place, side) {
   return bitmap;
 }
 
-// Label maps: runs of (value, length) in LEB128. What is returned is to be read at once: a later call may overwrite it.
+// Label maps: runs of (value, length) in LEB128. What is returned is to be read at once: later calls overwrite it.
 const keptLabels = new Map();
 const KEPT_LABELS = 128;
 
 function labelsOf(slice, kind) {
   const key = `${kind} ${slice}`;
-  if (!keptLabels.has(key)) {
+  let labels = keptLabels.get(key);
+  if (!labels) {
     const [oldest] = keptLabels.keys();
-    const labels = keptLabels.size < KEPT_LABELS ? new Uint16Array(SIZE * SIZE) : keptLabels.get(oldest);
+    labels = keptLabels.size < KEPT_LABELS ? new Uint16Array(SIZE * SIZE) : keptLabels.get(oldest);
     if (keptLabels.size >= KEPT_LABELS) keptLabels.delete(oldest);
-    keptLabels.set(key, decodeRuns(bytesOf(SLICES.outlines[kind][slice]), labels));
+    decodeRuns(bytesOf(SLICES.outlines[kind][slice]), labels);
   }
-  return keptLabels.get(key);
+  keptLabels.delete(key); // and back at the end: what the next call overwrites is not the one that was asked for last
+  keptLabels.set(key, labels);
+  return labels;
 }
 
 function decodeRuns(bytes, labels) {
