@@ -565,6 +565,19 @@ def test_on_a_phone_the_page_has_one_column_and_scrolls(
         assert box["y"] > page.locator(f"#{view} .pane").first.bounding_box()["y"]
 
 
+def test_on_a_phone_a_finger_on_a_picture_scrolls(tiny_run: Run, look: Opener) -> None:
+    """Nothing moves in the pictures of lists; where a finger moves the picture, it still scrolls up and down."""
+    page = look(tiny_run)
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.locator("#global").check()
+    page.locator("#tab-curate").click()
+    allowed = {
+        place: page.locator(f"{place} .pane").first.evaluate("(pane) => getComputedStyle(pane).touchAction")
+        for place in (".viewer", ".preview", ".card", ".review-list")
+    }
+    assert allowed == {".viewer": "pan-y", ".preview": "pan-y", ".card": "auto", ".review-list": "auto"}
+
+
 def test_a_page_with_patients_says_so(own_run: Run, look: Opener) -> None:
     rewrite(own_run, "slices.parquet", lambda table: table.assign(case=table.case.str.replace("PHANTOM", "TCIA")))
     notice = look(render(own_run)).locator("[data-testid=notice]").text_content() or ""
