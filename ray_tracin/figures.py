@@ -74,8 +74,8 @@ def draw_explanation(run: Run, found: RegionExplanation, path: Path, *, shown: i
 
 def _draw_row(run: Run, axes: Sequence[Axes], row: int, class_id: int, label: str) -> None:
     """A slice in every modality with a region, and what it is at its left."""
-    for channel, axis in enumerate(axes):
-        draw_region(axis, run, row, class_id, channel)
+    draw_region(axes, run, row, class_id)
+    for axis in axes:
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)

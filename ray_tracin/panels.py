@@ -4,6 +4,7 @@ Slices are drawn as radiologists see them: anterior at the top, the patient's le
 region (where the network is confident of the class), the white line the ground truth.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,12 @@ FEATURE_COLOURS = "inferno"
 LONGEST_NAME = 14
 
 
-def draw_region(axis: Axes, run: Run, row: int, class_id: int, channel: int) -> None:
-    """A slice in one modality with the region of a class filled and its ground truth outlined."""
-    image = run.images([row])[0, channel]
-    axis.imshow(_painted(image, region_mask(run, row, class_id), class_colours(class_id)[-1]), interpolation="nearest")
-    _outline(axis, run.labels([row])[0] == class_id, "white")
+def draw_region(axes: Sequence[Axes], run: Run, row: int, class_id: int) -> None:
+    """A slice, an axis a modality, with the region of a class filled and its ground truth outlined."""
+    region, truth = region_mask(run, row, class_id), run.labels([row])[0] == class_id
+    for axis, image in zip(axes, run.images([row])[0], strict=True):
+        axis.imshow(_painted(image, region, class_colours(class_id)[-1]), interpolation="nearest")
+        _outline(axis, truth, "white")
 
 
 def draw_feature(

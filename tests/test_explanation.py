@@ -15,7 +15,7 @@ from ray_tracin.cli import app
 from ray_tracin.config import ExplainersConfig
 from ray_tracin.explanation import RegionExplanation, explain_region
 from ray_tracin.runs import Run, open_run
-from ray_tracin.store import RunStore
+from ray_tracin.store import IMAGES, LABELS, MASKS, RunStore
 
 FEATURES = (2, 0)
 
@@ -174,6 +174,18 @@ def test_the_picture_has_neutral_regions_and_the_links(
     np.testing.assert_array_equal(np.ma.filled(strip.images[0].get_array(), np.nan), expected)
     assert [label.get_text() for label in strip.get_xticklabels()] == ["2", "0"]
     assert [label.get_text() for label in strip.get_yticklabels()] == ranks
+
+
+def test_a_slice_is_read_once_for_all_its_modalities(
+    planted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = explain_region(planted, *first_region(planted, "test")[:3])
+    read, paths = RunStore.read, []
+    monkeypatch.setattr(RunStore, "read", lambda store, path, where: paths.append(path) or read(store, path, where))
+    figures.draw_explanation(planted, found, tmp_path / "x.png", shown=2)
+    rows = 1 + sum(len(table.head(2)) for table in found.rankings.values())
+    assert len(planted.modalities) > 1
+    assert {path: paths.count(path) for path in paths} == {IMAGES: rows, LABELS: rows, MASKS: rows}
 
 
 def plant_influence(run: Run, row: int, class_id: int, value: float) -> None:
