@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ray_tracin import store as paths
-from ray_tracin.assembly import AssembleStripes
+from ray_tracin.assembly import AssembleStripes, train_regions
 from ray_tracin.explainers import (
     NONE,
     count_classes,
@@ -35,6 +35,7 @@ from ray_tracin.explainers import (
 from ray_tracin.runs import Run
 from ray_tracin.scores import ClassScores, StripeReader, TrainRegions, patients_of
 from ray_tracin.stages import Result, Stage
+from ray_tracin.store import IncompleteRunError
 from ray_tracin.vocabulary import QuerySet, Stripe
 
 SIDES: Mapping[str, int] = {"proponents": 1, "opponents": -1}
@@ -152,6 +153,15 @@ def global_columns(run: Run) -> npt.NDArray[np.bool_]:
     column = (chosen["train_class"].to_numpy(dtype=np.int64) - 1) * len(train) + position
     found[chosen["query_class"].to_numpy(dtype=np.int64) - 1, column] = True
     return found
+
+
+def known_globals(run: Run) -> tuple[Tensor, tuple[str, ...]]:
+    """`global_columns`; where they are not found yet nobody is one, and a line says so."""
+    try:
+        return torch.from_numpy(global_columns(run)), ()
+    except IncompleteRunError:
+        unknown = torch.zeros((len(run.classes), len(train_regions(run)[0])), dtype=torch.bool)
+        return unknown, (f"global explainers are not known yet: `ray-tracin explainers --run {run.uri}` finds them",)
 
 
 @dataclass(frozen=True)

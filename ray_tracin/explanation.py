@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ray_tracin.assembly import train_regions
 from ray_tracin.explainers import NONE, above_zero, first_places
-from ray_tracin.explaining import SIDES, global_columns
+from ray_tracin.explaining import SIDES, known_globals
 from ray_tracin.features import similarity
 from ray_tracin.featuring import MAXIMA, predictive_features
 from ray_tracin.runs import Run
@@ -175,18 +175,13 @@ def region_features(run: Run, row: int, class_id: int, features: Sequence[int]) 
 
 def _context(run: Run, class_id: int) -> tuple[Tensor, tuple[int, ...], tuple[str, ...]]:
     """Who is global for queries of the class, its predictive features, and what of these is not known yet."""
-    missing = []
-    is_global = torch.zeros(len(train_regions(run)[0]), dtype=torch.bool)
+    is_global, missing = known_globals(run)
     features: tuple[int, ...] = ()
-    try:
-        is_global = torch.from_numpy(global_columns(run))[class_id - 1]
-    except IncompleteRunError:
-        missing.append(f"global explainers are not known yet: `ray-tracin explainers --run {run.uri}` finds them")
     try:
         features = predictive_features(run, class_id)
     except IncompleteRunError:
-        missing.append(f"predictive features are not known yet: `ray-tracin features --run {run.uri}` finds them")
-    return is_global, features, tuple(missing)
+        missing += (f"predictive features are not known yet: `ray-tracin features --run {run.uri}` finds them",)
+    return is_global[class_id - 1], features, missing
 
 
 def _first(key: Tensor, left_out: Tensor, k: int) -> tuple[Array, Array]:

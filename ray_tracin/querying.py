@@ -24,7 +24,7 @@ from ray_tracin.attribution import (
 from ray_tracin.config import DataConfig, SliceSelection
 from ray_tracin.devices import device_here
 from ray_tracin.explainers import NONE, above_zero, first_places, gradient_norms
-from ray_tracin.explaining import global_columns
+from ray_tracin.explaining import known_globals
 from ray_tracin.folders import Case, find_cases
 from ray_tracin.indexing import agreement_path, indexed_kernel, indexed_sizes, sketcher
 from ray_tracin.influence import (
@@ -45,7 +45,6 @@ from ray_tracin.regions import (
 )
 from ray_tracin.runs import FINAL, Run
 from ray_tracin.scores import ClassScores, class_scores, train_norm
-from ray_tracin.store import IncompleteRunError
 from ray_tracin.tiling import ShardReader, fitting_kernel
 from ray_tracin.vocabulary import UsageError, checkpoint_name, ranges
 from ray_tracin.volumes import Volume, choose_slices, cut_slices, cutting_warnings, load_volume
@@ -102,11 +101,13 @@ class ScanExplanation:
     """What cases were read and cut with."""
     whole_slices: bool = False
     """Whether scores are of whole slices, so that influence needs no region."""
+    missing: tuple[str, ...] = ()
+    """What this run has not computed yet, and the ranking lacks."""
 
     @property
     def notes(self) -> list[str]:
         """What a reader must know before believing the ranking."""
-        found = []
+        found = [*self.missing]
         found += [f"{case}: the network predicts no region on its slices" for case in self.without]
         cases = self.regions.loc[~self.regions["labelled"].astype(bool), "case"].unique()
         if len(cases):
@@ -184,14 +185,15 @@ def explain_scan(
     influence, norms = scan_influence(run, scan, size)
     scores = [class_scores(run, one + 1, influence[one], norms[one], of_train) for one in range(len(run.classes))]
     agreement = run.store.read_table(agreement_path(size)) if size else pd.DataFrame()
-    regions, is_global = _region_table(run, scan, exists, influence), global_explainers(run)
+    regions, (is_global, missing) = _region_table(run, scan, exists, influence), known_globals(run)
     left_out = is_global & (not keep_global)
     counts = {name: int(left_out[place].sum()) for place, name in enumerate(run.classes)}
     told = {name: count for name, count in counts.items() if count and name in set(regions["class_name"])}
     ranking = _rankings(run, scan, scores, is_global, left_out, k).assign(sketch_size=np.int32(size))
     without = tuple(sorted(set(scan.table["case"]) - set(regions["case"])))
     ranked_by, whole = run.config.explainers.score, run.config.gradients.score == "image"
-    return ScanExplanation(regions, ranking, size, agreement, told, without, ranked_by, scan.warnings, whole)
+    about = (told, without, ranked_by, scan.warnings, whole, missing)
+    return ScanExplanation(regions, ranking, size, agreement, *about)
 
 
 def _nothing(run: Run, scan: NewScan, source: str | Path) -> str:
@@ -386,14 +388,6 @@ def _rankings(
     first = ["case", "index", "class_id", "class_name", "side", "rank", "influence", "cosine"]
     names = [*first, *train.columns, "is_global", "query_labelled", "ranked_by"]
     return pd.concat(frames, ignore_index=True)[names] if frames else pd.DataFrame(columns=names)
-
-
-def global_explainers(run: Run) -> Tensor:
-    """Which train regions are global explainers for each class, (class, column); none where they are not known yet."""
-    try:
-        return torch.from_numpy(global_columns(run))
-    except IncompleteRunError:
-        return torch.zeros((len(run.classes), len(train_regions(run)[0])), dtype=torch.bool)
 
 
 def _existing(scores: Sequence[ClassScores]) -> Iterator[tuple[int, int]]:

@@ -16,11 +16,12 @@ from ray_tracin.answers import scan_lines
 from ray_tracin.attribution import Differentiate
 from ray_tracin.claims import ClaimHeldError, driving
 from ray_tracin.cli import app
+from ray_tracin.explaining import known_globals
 from ray_tracin.explanation import explain_region
 from ray_tracin.indexing import IndexSketches, agreement_path, indexed_sizes
 from ray_tracin.integrity import verify
 from ray_tracin.pipeline import Executors, index_sketches, release_gradients, status
-from ray_tracin.querying import EXACT, ScanExplanation, explain_scan, global_explainers, read_scan, scan_influence
+from ray_tracin.querying import EXACT, ScanExplanation, explain_scan, read_scan, scan_influence
 from ray_tracin.regions import region_overlap, region_pixels
 from ray_tracin.runs import Run, open_run
 from ray_tracin.scores import region_norms
@@ -107,7 +108,7 @@ def test_where_cosine_ranks_the_run_it_ranks_a_scan(indexed: Run, size: int) -> 
 
 @pytest.mark.parametrize("keep_global", [False, True])
 def test_a_scan_of_the_run_is_ranked_as_its_own_explanation(indexed: Run, keep_global: bool) -> None:
-    globals_of = global_explainers(indexed).sum(1).tolist()
+    globals_of = known_globals(indexed)[0].sum(1).tolist()
     # Of the run's own shares all regions are global for the one class, so that nothing would be left.
     chosen = indexed.store.read_table(GLOBAL_EXPLAINERS)
     is_global = chosen["is_global"] & (chosen["train_slice"] % 2 == 0)
@@ -192,6 +193,14 @@ def test_a_run_that_chooses_slices_by_labels_asks_for_those_of_a_scan_without(
     )
     index = int(run.slices.set_index("slice")["index"][rows[0]])
     assert read_scan(run, copy, [index]).table["index"].tolist() == [index]
+
+
+def test_global_explainers_that_are_not_known_yet_are_told(indexed: Run, tmp_path: Path) -> None:
+    run = open_run(shutil.copytree(indexed.uri, tmp_path / "run", ignore=shutil.ignore_patterns("gradients.zarr")))
+    told = f"global explainers are not known yet: `ray-tracin explainers --run {run.uri}` finds them"
+    assert told not in explain_scan(run, known_case(run)[0], size=2).notes
+    (Path(run.uri) / GLOBAL_EXPLAINERS).unlink()
+    assert told in explain_scan(run, known_case(run)[0], size=2).notes
 
 
 def test_a_case_without_a_region_among_others_is_named(indexed: Run, tmp_path: Path) -> None:
