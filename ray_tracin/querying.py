@@ -5,6 +5,7 @@ training set is there as an index of sketches (an estimate, in seconds), or as t
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from ray_tracin.attribution import (
     differentiator,
     region_exists,
 )
-from ray_tracin.config import DataConfig, SliceSelection
+from ray_tracin.config import SliceSelection
 from ray_tracin.devices import device_here
 from ray_tracin.explainers import NONE, above_zero, first_places, gradient_norms
 from ray_tracin.explaining import known_globals
@@ -34,6 +35,7 @@ from ray_tracin.influence import (
     without_absent,
 )
 from ray_tracin.layers import Layout, Segment
+from ray_tracin.nifti import VolumeError
 from ray_tracin.preparation import label_scheme
 from ray_tracin.regions import (
     predicted_labels,
@@ -238,15 +240,12 @@ def read_scan(run: Run, source: str | Path, indices: Sequence[int] = ()) -> NewS
     """The slices of new examinations, cut as the run's own, and what the final network predicts on them.
 
     Raises:
-        UsageError: the run chooses slices by their labels, and an examination has none.
+        UsageError: an examination lacks the slices that the run would choose, or the labels that it chooses them by.
     """
     update = {"root": str(source), "layout": "auto", "grade": "all", "cohort": "all", "strict": True}
-    data = run.config.data.model_copy(update=update)
-    if indices:
-        data = data.model_copy(update={"slices": SliceSelection(selection="list", indices=tuple(set(indices)))})
     frames, images, truths = [], [], []
-    for case in find_cases(data)[0]:
-        frame, image, truth = _cut(run, case, data)
+    for case in find_cases(run.config.data.model_copy(update=update))[0]:
+        frame, image, truth = _cut(run, case, indices)
         frames.append(frame)
         images.append(image)
         truths.append(truth)
@@ -259,20 +258,31 @@ def read_scan(run: Run, source: str | Path, indices: Sequence[int] = ()) -> NewS
     return NewScan(table, image, labels, masks, region_scores(logits, labels, masks))
 
 
-def _cut(run: Run, case: Case, data: DataConfig) -> tuple[pd.DataFrame, Tensor, Tensor]:
-    volume = load_volume(case)
-    chosen = _chosen(volume, data.slices)
-    cut = cut_slices(volume, chosen, label_scheme(run), data)
-    images = torch.from_numpy(cut.images)
+def _cut(run: Run, case: Case, indices: Sequence[int]) -> tuple[pd.DataFrame, Tensor, Tensor]:
+    data, volume = run.config.data, load_volume(case)
+    asked = SliceSelection(selection="list", indices=tuple(set(indices))) if indices else None
+    chosen = slab = choose_slices(volume, asked) if asked else _own_slices(run, volume)
+    if asked and data.intensity == "maximum":
+        # Of a whole slab: a slice is scaled as among the run's own, not by itself.
+        with suppress(UsageError):
+            slab = tuple(sorted({*chosen, *_own_slices(run, volume)}))
+    cut, kept = cut_slices(volume, slab, label_scheme(run), data), np.searchsorted(slab, chosen)
+    images = torch.from_numpy(cut.images[kept])
     labels = torch.zeros((len(images), *images.shape[2:]), dtype=torch.uint8)
     if cut.labels is not None:
-        labels = torch.from_numpy(cut.labels)
+        labels = torch.from_numpy(cut.labels[kept])
     warnings = "; ".join([*volume.warnings, *cutting_warnings(volume, chosen, data)])
     about = {"case": case.case, "labelled": cut.labels is not None, "warnings": warnings}
     return pd.DataFrame({"index": chosen, **about}), images, labels
 
 
-def _chosen(volume: Volume, slices: SliceSelection) -> tuple[int, ...]:
+def _own_slices(run: Run, volume: Volume) -> tuple[int, ...]:
+    """Those that the run would cut of a scan.
+
+    Raises:
+        UsageError: it can't tell, or the scan lacks them.
+    """
+    slices = run.config.data.slices
     unlabelled = volume.labels is None or not volume.labels.any()
     if unlabelled and slices.selection in ("tumour", "largest"):
         found = "no segmentation" if volume.labels is None else "an empty segmentation"
@@ -280,7 +290,14 @@ def _chosen(volume: Volume, slices: SliceSelection) -> tuple[int, ...]:
             f"{volume.case}: expected labels, by which this run chooses slices (data.slices.selection is "
             f"{slices.selection}), found {found}: name slices with --index"
         )
-    return choose_slices(volume, slices)
+    try:
+        return choose_slices(volume, slices)
+    except VolumeError:
+        needed = max(slices.indices) + 1 if slices.selection == "list" else slices.count
+        raise UsageError(
+            f"{volume.case}: expected at least {needed} slices, as this run cuts them, found "
+            f"{volume.images.shape[3]}: name slices with --index"
+        ) from None
 
 
 def _logits(run: Run, network: str, images: Tensor) -> Tensor:

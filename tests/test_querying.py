@@ -16,6 +16,7 @@ from ray_tracin.answers import scan_lines
 from ray_tracin.attribution import Differentiate
 from ray_tracin.claims import ClaimHeldError, driving
 from ray_tracin.cli import app
+from ray_tracin.config import DataConfig, SliceSelection
 from ray_tracin.explaining import known_globals
 from ray_tracin.explanation import explain_region
 from ray_tracin.indexing import IndexSketches, agreement_path, indexed_sizes
@@ -193,6 +194,35 @@ def test_a_run_that_chooses_slices_by_labels_asks_for_those_of_a_scan_without(
     )
     index = int(run.slices.set_index("slice")["index"][rows[0]])
     assert read_scan(run, copy, [index]).table["index"].tolist() == [index]
+
+
+def cutting(run: Run, **settings: object) -> Run:
+    """The run as if it had been cut otherwise."""
+    data = DataConfig.model_validate(run.config.data.model_dump() | settings)
+    return Run(RunStore(run.uri), run.config.model_copy(update={"data": data}))
+
+
+def test_a_slice_that_is_asked_for_is_scaled_as_among_the_runs_own(indexed: Run) -> None:
+    run, (folder, rows) = cutting(indexed, intensity="maximum"), known_case(indexed)
+    whole = read_scan(run, folder)
+    for place, row in enumerate(rows):
+        index = int(run.slices.set_index("slice")["index"][row])
+        asked = read_scan(run, folder, [index])
+        assert asked.table["index"].tolist() == [index]
+        assert torch.equal(asked.images[0], whole.images[place])
+        assert torch.equal(asked.labels[0], whole.labels[place])
+
+
+@pytest.mark.parametrize(
+    ("slices", "needed"), [(SliceSelection(count=500), 500), (SliceSelection(selection="list", indices=(3, 700)), 701)]
+)
+def test_a_scan_with_fewer_slices_than_the_run_cuts_asks_for_some(
+    indexed: Run, slices: SliceSelection, needed: int
+) -> None:
+    run, (folder, _) = cutting(indexed, slices=slices), known_case(indexed)
+    with pytest.raises(UsageError, match=f"expected at least {needed} slices, as .*: name slices with --index"):
+        read_scan(run, folder)
+    assert read_scan(run, folder, [4, 2]).table["index"].tolist() == [2, 4]
 
 
 def test_global_explainers_that_are_not_known_yet_are_told(indexed: Run, tmp_path: Path) -> None:
