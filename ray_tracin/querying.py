@@ -319,12 +319,14 @@ def scan_influence(run: Run, scan: NewScan, size: int) -> tuple[Tensor, Tensor]:
         engine = differentiator(run, epoch, device_here(run))
         inputs = (scan.images, scan.labels, masks)
         batches = zip(*(part.split(run.config.resources.batch_slices) for part in inputs), strict=True)
-        rows = torch.cat([engine.differentiate(*batch).values for batch in batches])
+        rows = (engine.differentiate(*batch).values for batch in batches)
         exists = region_pixels(masks) > 0
         if size == EXACT:
-            kernel, squares = _exact_kernel(run, engine.layout, epoch, rows, exists)
+            kernel, squares = _exact_kernel(run, engine.layout, epoch, torch.cat([*rows]), exists)
         else:
-            sketches = sketcher(run, engine.layout, epoch, size).sketch(rows).cpu()
+            project = sketcher(run, engine.layout, epoch, size).sketch
+            # A batch at a time: the rows of many patients would not fit.
+            sketches = torch.cat([project(part).cpu() for part in rows])
             kernel, squares = indexed_kernel(run, size, epoch, sketches, exists), sketches.square().sum(2).mT
         kernels.append(kernel)
         norm2.append(squares)

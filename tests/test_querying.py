@@ -26,6 +26,7 @@ from ray_tracin.querying import EXACT, ScanExplanation, explain_scan, read_scan,
 from ray_tracin.regions import region_overlap, region_pixels
 from ray_tracin.runs import Run, open_run
 from ray_tracin.scores import region_norms
+from ray_tracin.sketches import Sketcher
 from ray_tracin.stages import Event, complete, execute_serially
 from ray_tracin.store import GLOBAL_EXPLAINERS, RunStore
 from ray_tracin.vocabulary import UsageError
@@ -231,6 +232,23 @@ def test_global_explainers_that_are_not_known_yet_are_told(indexed: Run, tmp_pat
     assert told not in explain_scan(run, known_case(run)[0], size=2).notes
     (Path(run.uri) / GLOBAL_EXPLAINERS).unlink()
     assert told in explain_scan(run, known_case(run)[0], size=2).notes
+
+
+def test_the_rows_of_many_slices_are_never_together(indexed: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan, counts = read_scan(indexed, known_case(indexed)[0]), []
+    expected, _ = scan_influence(indexed, scan, 2)
+    sketch = Sketcher.sketch
+
+    def watched(self: Sketcher, packed: torch.Tensor) -> torch.Tensor:
+        counts.append(len(packed))
+        return sketch(self, packed)
+
+    monkeypatch.setattr(Sketcher, "sketch", watched)
+    resources = indexed.config.resources.model_copy(update={"batch_slices": 3})
+    run = Run(RunStore(indexed.uri), indexed.config.model_copy(update={"resources": resources}))
+    got, _ = scan_influence(run, scan, 2)
+    assert counts == [3, 1] * 2
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6, equal_nan=True)
 
 
 def test_a_case_without_a_region_among_others_is_named(indexed: Run, tmp_path: Path) -> None:
