@@ -125,7 +125,7 @@ def _draw_curves(figure: SubFigure, run: Run, lines: Sequence[Line]) -> None:
         axis.set_title(f"feature {line['feature']}, {_class_name(run, line)}\n{trend}{mark}", fontsize=7.5)
         axis.set_xlabel("rank by raw influence\n(proponents first)", fontsize=7)
     axes[0].set_ylabel("importance", fontsize=8)
-    if lines:
+    if axes[0].get_legend_handles_labels()[0]:  # Through a single rank nothing is fitted.
         axes[0].legend(title="least squares", title_fontsize=6, fontsize=6, frameon=False)
     for axis in axes[len(lines) :]:
         axis.set_axis_off()

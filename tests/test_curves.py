@@ -1,7 +1,9 @@
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -18,6 +20,20 @@ def test_curves_are_the_importance_of_the_table(tiny_run: Run) -> None:
         class_id = tiny_run.classes.index(name) + 1
         mine = table[(table.feature == int(feature)) & (table.query_class == class_id) & (table.train_class == 0)]
         np.testing.assert_allclose(axis.lines[0].get_ydata(), mine.importance)
+
+
+def test_a_single_rank_is_drawn_without_a_fit_and_a_legend_of_it(tiny_run: Run, tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("gradients.zarr", "tiles.zarr")
+    run = open_run(shutil.copytree(tiny_run.uri, tmp_path / "run", ignore=ignored))
+    path = Path(run.uri) / "tables/feature_importance.parquet"
+    table = pd.read_parquet(path)
+    table[table["rank"] == 1].to_parquet(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = [axis for axis in draw_feature_curves(run).axes if axis.lines]
+    assert [len(axis.lines) for axis in drawn] == [1] * len(drawn)
+    assert drawn
+    assert drawn[0].get_legend() is None
 
 
 def test_examples_are_the_ends_and_the_middle_of_the_ranking_of_the_largest_query(tiny_run: Run) -> None:
