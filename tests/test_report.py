@@ -987,6 +987,24 @@ def test_large_reports_keep_pictures_beside_the_page(own_run: Run, look: Opener)
     assert again.store.read_receipt("report", "index") is not None
 
 
+def test_where_a_file_beside_the_page_is_lost_no_other_regions_lists_are_shown(own_run: Run, browser: Browser) -> None:
+    run = render(own_run, inline_megabytes=0)
+    first, second = queried(run).drop_duplicates("slice").iloc[:2].to_dict("records")
+    lost = f"assets/influence_{second['slice']:06d}.js"
+    (Path(run.uri) / "report" / lost).unlink()
+    page = browser.new_page()  # whose console may complain
+    page.goto((Path(run.uri) / "report/index.html").as_uri())
+    page.wait_for_selector("body[data-ready]", timeout=10_000)
+    page.locator("#global").check()
+    for line, missing in ((first, False), (second, True), (first, False)):
+        choose(page, line["patient"], line["index"], run.classes[line["class"] - 1])
+        wait(page, f"(document.querySelectorAll('#rankings .card').length === 0) === {json.dumps(missing)}")
+        assert (f"{lost} is missing" in page.locator("#rankings").inner_text()) == missing
+        assert (page.locator("#global-count").inner_text() == "global explainers") == missing
+        assert (page.locator("#links table").count() == 0) == missing
+    page.close()
+
+
 def test_pictures_are_read_when_they_are_needed(own_run: Run, look: Opener) -> None:
     page = look(render(own_run, inline_megabytes=0, top_k=1))
     keys, tensor_rows = page.evaluate("[[...keptPictures.keys()].map((key) => key.split(' ')), influenceRows.size]")

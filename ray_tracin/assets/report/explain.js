@@ -228,20 +228,16 @@ async function showRankings() {
   const slice = currentSlice();
   clearCards();
   if (!regionExists(query, classId)) {
-    byId("rankings").replaceChildren(message("Nothing to explain: this region does not exist."));
-    byId("links").replaceChildren();
-    showComparison();
+    showNoRankings("Nothing to explain: this region does not exist.");
     return;
   }
-  let rows;
-  try {
-    rows = await loadInfluence(slice);
-  } catch (error) {
-    reportError(error);
-    return;
-  }
+  const rows = await loadInfluence(slice).catch((error) => error);
   if (query !== CHOICE.query || classId !== CHOICE.classId) return; // overtaken by another choice
   clearCards();
+  if (rows instanceof Error) {
+    showNoRankings(rows.message);
+    return;
+  }
   const chosen = filters();
   const scores = scoresOf(query, classId, rows);
   const ranked = rankedRegions(query, classId, scores, chosen.score);
@@ -256,6 +252,14 @@ async function showRankings() {
       entries.length ? row : message(emptyListText(ranked[key], classId, SLICES.patient[slice], chosen)));
   }));
   showLinks();
+  showComparison();
+}
+
+// What was there is another region's.
+function showNoRankings(why) {
+  byId("global-count").textContent = "global explainers";
+  byId("rankings").replaceChildren(message(why));
+  byId("links").replaceChildren();
   showComparison();
 }
 
