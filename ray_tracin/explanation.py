@@ -193,7 +193,7 @@ def _first(key: Tensor, left_out: Tensor, k: int) -> tuple[Array, Array]:
 
 def _with_links(run: Run, ranking: pd.DataFrame, query: Tensor, features: Sequence[int]) -> pd.DataFrame:
     lines = zip(ranking["slice"], ranking["class_id"], strict=True)
-    maxima = [region_features(run, int(row), int(class_id), features) for row, class_id in lines]
+    maxima = run.store.objects.parallel(lambda one: region_features(run, int(one[0]), int(one[1]), features), lines)
     links = similarity(query, torch.stack(maxima)) if maxima else torch.empty(0, len(features))
     return ranking.assign(**{f"feature_{k}": links[:, place].numpy() for place, k in enumerate(features)})
 

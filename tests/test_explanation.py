@@ -1,15 +1,18 @@
 """What is said of one region against numpy on the run's own arrays."""
 
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import zarr
 from typer.testing import CliRunner
 
-from ray_tracin import figures
+from ray_tracin import explanation, figures
 from ray_tracin.answers import region_lines
 from ray_tracin.cli import app
 from ray_tracin.config import ExplainersConfig
@@ -186,6 +189,24 @@ def test_a_slice_is_read_once_for_all_its_modalities(
     rows = 1 + sum(len(table.head(2)) for table in found.rankings.values())
     assert len(planted.modalities) > 1
     assert {path: paths.count(path) for path in paths} == {IMAGES: rows, LABELS: rows, MASKS: rows}
+
+
+def test_features_of_listed_regions_are_read_side_by_side(planted: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, read, reading, most = first_region(planted, "test")[:3], explanation.region_features, [], []
+    expected = explain_region(planted, *where, k=8)
+
+    def watched(*given: Any) -> torch.Tensor:
+        reading.append(1)
+        time.sleep(0.01)
+        most.append(len(reading))
+        reading.pop()
+        return read(*given)
+
+    monkeypatch.setattr(explanation, "region_features", watched)
+    found = explain_region(planted, *where, k=8)
+    assert max(most) > 1
+    for name, table in expected.rankings.items():
+        pd.testing.assert_frame_equal(found.rankings[name], table)
 
 
 def plant_influence(run: Run, row: int, class_id: int, value: float) -> None:
