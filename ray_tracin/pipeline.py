@@ -4,6 +4,7 @@ Every command first completes what its stage needs. Gradient shards and tiles al
 not kept, so that the disk holds the shards of one checkpoint at a time.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from ray_tracin.planning import plan_of
 from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices
 from ray_tracin.report import RenderReport, refuse_wrong_queries
 from ray_tracin.runs import Run, open_run
-from ray_tracin.stages import Event, Executor, Listener, Stage, complete, sound_receipts
+from ray_tracin.stages import LAYOUT, Event, Executor, Listener, Stage, complete, sound_receipts
+from ray_tracin.store import Receipt
 from ray_tracin.tiling import ComputeTiles
 from ray_tracin.vocabulary import checkpoint_name
 
@@ -152,6 +154,8 @@ def _gradients(run: Run, executors: Executors, listen: Listener) -> None:
 
 def _influence(run: Run, executors: Executors, listen: Listener) -> None:
     epochs = run.config.influence_epochs()
+    if Differentiate.name in run.store.receipt_keys(LAYOUT):
+        complete(Differentiate(run, ()), executors.pool, listen)  # Metadata may be damaged although no shard is wanted.
     for group in [epochs] if run.config.gradients.keep else [(epoch,) for epoch in epochs]:
         _tiles_of(run, group, executors, listen)
     complete(AssembleStripes(run), executors.pool, listen)
@@ -178,7 +182,8 @@ def _tiles_of(run: Run, epochs: tuple[int, ...], executors: Executors, listen: L
 
 def _stored(run: Run, epochs: tuple[int, ...]) -> set[int]:
     """The checkpoints of which the run holds every shard: a damaged one is made again, though no tile needs it."""
-    held = {key for key, receipt in run.store.receipts(Differentiate.name).items() if not receipt.released}
+    released = {key for key, receipt in run.store.receipts(Differentiate.name).items() if receipt.released}
+    held = {*run.store.receipt_keys(Differentiate.name)} - released  # Damaged receipts too.
     keys = Differentiate(run, epochs).keys()
     return set(epochs) - {key.epoch for key in keys if str(key) not in held}
 
@@ -197,8 +202,13 @@ def refuse_what_does_not_fit(run: Run, hint: str = "") -> None:
 def release_gradients(run: Run, epochs: tuple[int, ...]) -> None:
     """Delete the gradient shards of checkpoints whose tiles are done."""
     names = {checkpoint_name(epoch) for epoch in epochs}
-    held = run.store.receipts(Differentiate.name).values()
-    run.store.release(receipt for receipt in held if receipt.key.split("/")[0] in names and not receipt.released)
+    mine = [key for key in run.store.receipt_keys(Differentiate.name) if key.split("/")[0] in names]
+    held = run.store.receipts(Differentiate.name)
+    # What a damaged receipt named nobody wants either.
+    damaged = (
+        Receipt(Differentiate.name, key, run.fingerprint, started=time.time()) for key in mine if key not in held
+    )
+    run.store.release([*damaged, *(held[key] for key in mine if key in held and not held[key].released)])
 
 
 def _export(run: Run, executors: Executors, listen: Listener) -> None:

@@ -18,7 +18,7 @@ import ray_tracin
 from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explanation import explain_region
 from ray_tracin.integrity import verify
-from ray_tracin.pipeline import STEPS, Executors, run_to, status
+from ray_tracin.pipeline import STEPS, Executors, release_gradients, run_to, status
 from ray_tracin.querying import EXACT, explain_scan
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.runtime import RayExecutor
@@ -389,6 +389,24 @@ def test_shards_that_are_not_kept_are_freed_and_not_missed(tiny_run: Run, patien
     assert {event.key.split("/")[0] for event in done if event.stage == "gradients"} == {"epoch_08"}
     assert [event.stage for event in done if event.stage != "gradients"] == ["tiles", "influence"]
     assert bits(run) == kept
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_evidence_of_shards_is_mended_though_no_tile_wants_them(tiny_run: Run, tmp_path: Path, keep: bool) -> None:
+    home = Path(shutil.copytree(tiny_run.uri, tmp_path / "run"))
+    run = start_run(home, overrides=[f"gradients.keep={keep}"])
+    if not keep:
+        release_gradients(run, run.config.influence_epochs())
+    for victim in (
+        "receipts/gradients/epoch_07/train/000000-000004.json",
+        "receipts/layout/gradients.json",
+        "gradients.zarr/epoch_08/zarr.json",
+    ):
+        (home / victim).write_bytes(b"")
+    assert {"gradients/epoch_07/train/000000-000004", "layout/gradients"} <= verify(run).keys()
+    finish(run, "influence")
+    assert verify(run) == {}
+    assert all(line.done == line.total for line in status(run))
 
 
 def test_a_patient_without_ground_truth_is_a_query_and_says_so(patients: Path, tmp_path: Path) -> None:
