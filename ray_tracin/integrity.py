@@ -18,6 +18,7 @@ from ray_tracin.attribution import Differentiate, region_exists
 from ray_tracin.claims import driving, is_claim
 from ray_tracin.costs import EVENTS_KEY
 from ray_tracin.folders import LISTING
+from ray_tracin.indexing import IndexSketches, MeasureSketches
 from ray_tracin.mapping import TabulateRegions
 from ray_tracin.pipeline import all_stages
 from ray_tracin.runs import RECORD, Run, open_run, restore_configuration
@@ -136,8 +137,10 @@ def _missing(evidence: _Evidence) -> Iterator[tuple[str, str]]:
     Gradient shards are left out: nobody misses them once their tiles are done, and some runs never store them.
     """
     for place, stage in enumerate(evidence.stages):
-        later = [other.name for other in evidence.stages[place + 1 :]]
-        if stage.name == Differentiate.name or not any(evidence.by_stage[name] for name in later):
+        later = evidence.stages[place + 1 :]
+        if isinstance(stage, IndexSketches | MeasureSketches):  # On an index nothing is built but its own measurement.
+            later = [other for other in later if isinstance(other, MeasureSketches) and other.size == stage.size]
+        if stage.name == Differentiate.name or not any(evidence.by_stage[other.name] for other in later):
             continue
         held = evidence.by_stage[stage.name]
         for key in _keys(stage) or []:

@@ -273,6 +273,7 @@ def all_stages(run: Run) -> list[Stage[Any]]:
         ComputeTiles(run, epochs),
         AssembleStripes(run),
         TabulateSelfInfluence(run),
+        *(stage for size in indexed_sizes(run) for stage in (IndexSketches(run, size), MeasureSketches(run, size))),
         ExportInfluence(run),
         CountLists(run),
         TabulateGlobalExplainers(run),
@@ -287,7 +288,6 @@ def all_stages(run: Run) -> list[Stage[Any]]:
         DrawFigures(run),
         DrawSlices(run),
         RenderReport(run),
-        *(stage for size in indexed_sizes(run) for stage in (IndexSketches(run, size), MeasureSketches(run, size))),
     ]
 
 

@@ -10,8 +10,9 @@ import pytest
 from conftest import TINY
 from test_pipeline import SERIAL, bits
 
+from ray_tracin.indexing import IndexSketches, MeasureSketches
 from ray_tracin.integrity import FOREIGN, TABLES_THAT_NAME_KEYS, repair, verify
-from ray_tracin.pipeline import STEPS, run_to
+from ray_tracin.pipeline import STEPS, run_to, stage_names
 from ray_tracin.runs import Run, open_run, restore_configuration, start_run
 from ray_tracin.store import Receipt
 
@@ -171,6 +172,19 @@ def test_nan_stands_exactly_where_a_region_is_absent(tiny_run: Run, tmp_path: Pa
             f"exist, {invented} are numbers although one doesn't"
         ]
     }
+
+
+def test_an_index_does_not_make_other_steps_and_indexes_missed(tiny_run: Run, tmp_path: Path) -> None:
+    """A run that ended with `influence` may be indexed, and an index be begun and given up for one of another size."""
+    home = Path(shutil.copytree(tiny_run.uri, tmp_path / "run"))
+    run, names = open_run(home), stage_names(tiny_run)
+    for name in names[names.index("export") :]:
+        shutil.rmtree(home / "receipts" / name, ignore_errors=True)
+    for stage in (IndexSketches(run, 2), IndexSketches(run, 4), MeasureSketches(run, 4)):
+        run.store.write_receipt(Receipt(stage.name, str(stage.keys()[0]), run.fingerprint))
+    found = verify(run)
+    del found[FOREIGN]
+    assert list(found) == [f"sketches-4/{key}" for key in IndexSketches(run, 4).keys()[1:]]
 
 
 def test_a_damaged_configuration_says_how_to_restore_it(tmp_path: Path) -> None:
