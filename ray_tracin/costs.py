@@ -42,7 +42,12 @@ SAME = ["stage", "key", "started"]
 
 def collect_events(run: Run, stages: Iterable[str]) -> pd.DataFrame:
     """Every attempt at every key of the stages, as ``events.parquet`` has them; oldest first within a key."""
-    done = [_row_of(receipt) for name in stages for receipt in run.store.receipts(name).values()]
+    return events_of(run, [receipt for name in stages for receipt in run.store.receipts(name).values()])
+
+
+def events_of(run: Run, receipts: Iterable[Receipt]) -> pd.DataFrame:
+    """As `collect_events`, by receipts that were read before."""
+    done = [_row_of(receipt) for receipt in receipts]
     failed = [_attempt_row(values) for values in _open_attempts(run).values()]
     fresh = _table(done + failed)
     known = _published(run)

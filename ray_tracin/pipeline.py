@@ -15,7 +15,7 @@ from ray_tracin.ablation import Ablate, TabulateImpact
 from ray_tracin.assembly import AssembleStripes, ExportInfluence, TabulateSelfInfluence
 from ray_tracin.attribution import Differentiate
 from ray_tracin.claims import driving
-from ray_tracin.costs import StageCost, collect_events, publish_events, stage_costs
+from ray_tracin.costs import StageCost, events_of, publish_events, stage_costs
 from ray_tracin.explaining import CountLists, RankPatients, RankQueries, TabulateGlobalExplainers, TabulateRankings
 from ray_tracin.featuring import MapFeatures, RankFeatures, TabulateFeatures
 from ray_tracin.figures import DrawFigures
@@ -312,15 +312,17 @@ class StageStatus:
 def status(run: Run) -> list[StageStatus]:
     """Where every stage stands, by its receipts and the attempts that came to nothing."""
     found: list[StageStatus] = []
-    found_tiles = run.store.receipts(ComputeTiles.name)
-    costs = stage_costs(collect_events(run, stage_names(run)))
-    for stage in all_stages(run):
-        receipts = run.store.receipts(stage.name)
-        if stage.name == Differentiate.name and not receipts and found_tiles:
+    stages = all_stages(run)
+    held = {stage.name: list(run.store.receipts(stage.name).values()) for stage in stages}
+    costs = stage_costs(events_of(run, [receipt for receipts in held.values() for receipt in receipts]))
+    for stage in stages:
+        # Cases may have been inspected for another configuration too.
+        done = [receipt for receipt in held[stage.name] if receipt.fingerprint == run.fingerprint]
+        if stage.name == Differentiate.name and not done and held[ComputeTiles.name]:
             continue  # Tiles made the rows themselves.
-        released = sum(receipt.released for receipt in receipts.values())
+        released = sum(receipt.released for receipt in done)
         cost = costs.get(stage.name, StageCost())
-        found.append(StageStatus(stage.name, len(receipts), _total(stage), released, cost))
+        found.append(StageStatus(stage.name, len(done), _total(stage), released, cost))
     return found
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -14,10 +15,12 @@ from rich.console import Console
 
 from ray_tracin.costs import collect_events, publish_events, stage_costs
 from ray_tracin.integrity import verify
+from ray_tracin.objects import Objects
 from ray_tracin.pipeline import stage_names, status
 from ray_tracin.progress import PlainLines, progress
 from ray_tracin.runs import Run, open_run, start_run
 from ray_tracin.stages import ATTEMPTS, Attempt, Event, complete, done_receipts, execute_serially, log_attempt
+from ray_tracin.store import Receipt
 
 
 @pytest.fixture
@@ -94,6 +97,26 @@ def test_status_says_how_long_is_left(tiny_run: Run) -> None:
     halfway = replace(lines["tiles"], done=9, cost=replace(lines["tiles"].cost, keys_a_minute=3.0))
     assert halfway.seconds_left == 180
     assert replace(halfway, total=None).seconds_left is None
+
+
+def test_status_counts_what_was_done_for_this_configuration(tmp_path: Path) -> None:
+    """Cases may have been inspected before a setting was mended, also those of another folder."""
+    run = start_run(tmp_path / "run", preset="demo")
+    run.store.write_receipt(Receipt("inspect", "CASE", "another", started=5.0, seconds=1.0))
+    inspected = status(run)[0]
+    assert (inspected.stage, inspected.done, inspected.cost.worker_seconds) == ("inspect", 0, 1.0)
+
+
+def test_status_reads_every_receipt_once(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, read, get = open_run(tiny_run.uri), Counter[str](), Objects.get
+
+    def counted(objects: Objects, path: str) -> bytes:
+        read[path] += 1
+        return get(objects, path)
+
+    monkeypatch.setattr(Objects, "get", counted)
+    status(run)
+    assert {read[receipt.path] for name in ("cut", "tiles") for receipt in run.store.receipts(name).values()} == {2}
 
 
 def test_the_log_of_a_job_has_plain_lines_and_a_summary(capsys: pytest.CaptureFixture[str]) -> None:
