@@ -85,8 +85,8 @@ def refuse_nodes_without_memory(stage: Stage[Any], options: dict[str, Any], need
     most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
     raise ValueError(
         f"stage {stage.name}: a worker may need {need / GIB:.2f} GiB, and the node with the most memory has "
-        f"{most / GIB:.2f} GiB for Ray: lower gradients.shard_slices, resources.batch_slices or "
-        "influence.tile_slices, or use nodes with more memory"
+        f"{most / GIB:.2f} GiB for Ray: lower resources.batch_slices, use nodes with more memory, or lower, in a new "
+        "run, gradients.shard_slices or influence.tile_slices"
     )
 
 

@@ -76,8 +76,21 @@ def _steps_to(run: Run, step: str, executors: Executors, listen: Listener) -> No
         # Shards may be freed once their tiles are done: only their own command insists on having all of them.
         if name != "gradients" or step == "gradients":
             _STEPS[name](run, executors, listen)
-        if name == "prepare" and step == "report":
-            refuse_wrong_queries(run)  # From now on patients are known; the report itself is hours away.
+        if name == "prepare":
+            _refuse_in_time(run, step)
+
+
+def _refuse_in_time(run: Run, step: str) -> None:
+    """Nothing, unless a later step will refuse what it is asked for: patients and slices are known from now on.
+
+    Raises:
+        UsageError: the report's options name what is no query; hours of work before the report would say so.
+        ValueError: gradients would not fit, which would be said after training, when a new run costs it again.
+    """
+    if step == "report":
+        refuse_wrong_queries(run)
+    if STEPS.index(step) > STEPS.index("train") and not run.store.receipt_keys(Train.name):
+        refuse_what_does_not_fit(run)
 
 
 def refuse_another_configuration(run: Run) -> None:
@@ -196,7 +209,8 @@ def refuse_what_does_not_fit(run: Run, hint: str = "") -> None:
     """
     problems = plan_of(run).problems
     if problems:
-        raise ValueError("this would not fit:\n  " + "\n  ".join(problems) + hint)
+        changeable = "\nwithout a new run only resources.*, gradients.keep and gradients.source can be set otherwise"
+        raise ValueError("this would not fit:\n  " + "\n  ".join(problems) + changeable + hint)
 
 
 def release_gradients(run: Run, epochs: tuple[int, ...]) -> None:

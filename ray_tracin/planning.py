@@ -237,6 +237,8 @@ class Plan:
 
     @property
     def _disk_advice(self) -> str:
+        if self.fused:
+            return "put the run on a larger disk"  # No shards are on it.
         advice = []
         if self.config.gradients.keep:
             advice.append("gradients.keep=false holds the shards of one checkpoint at a time")

@@ -201,9 +201,7 @@ class TestBadData:
         if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], capture_output=True).returncode:
             pytest.skip("mounting a small file system needs root")
         try:
-            done = invoke(
-                "influence", "--run", str(disk / "run"), "--preset", "demo", *settings(f"data.root={patients}")
-            )
+            done = invoke("train", "--run", str(disk / "run"), "--preset", "demo", *settings(f"data.root={patients}"))
             assert done.exit_code == 1
             assert "no space left on the device" in done.stderr
             assert "Traceback" not in done.stderr

@@ -77,6 +77,12 @@ def test_the_choice_can_be_overruled_and_what_does_not_fit_is_refused() -> None:
     assert "resources.gpu_memory is 0.50 GiB" in on_gpu.problems[0]
 
 
+def test_where_no_shard_is_stored_nothing_about_shards_is_advised() -> None:
+    for source, advice in (("stored", "gradients.keep=false holds"), ("fused", "put the run on a larger disk")):
+        (problem,) = replace(plan(f"gradients.source={source}"), free_bytes=1).problems
+        assert problem.split(" are free: ")[1].startswith(advice)
+
+
 @pytest.mark.parametrize("preset", ["demo", "paper"])
 @pytest.mark.parametrize("source", ["stored", "fused"])
 def test_what_is_on_a_gpu_is_not_counted_as_memory_of_the_node(preset: str, source: str) -> None:
