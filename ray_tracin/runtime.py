@@ -31,6 +31,7 @@ from ray_tracin.capacity import most_cpus, refuse_nodes_without_memory, resource
 from ray_tracin.config import RunConfig
 from ray_tracin.faults import cause_of, reason, repeats, stage_error
 from ray_tracin.phantom import Edition, patient_grades, reserve, write_patient, write_tables
+from ray_tracin.pipeline import is_prepared
 from ray_tracin.planning import plan_of
 from ray_tracin.pool import Pool
 from ray_tracin.stages import (
@@ -43,7 +44,6 @@ from ray_tracin.stages import (
     require_one_storage,
     sound_receipts,
 )
-from ray_tracin.store import IncompleteRunError
 from ray_tracin.vocabulary import UsageError
 from ray_tracin.workers import do_in_order
 
@@ -60,11 +60,17 @@ def cluster(address: str | None = None, cpus: int | None = None) -> Iterator[str
 
     Raises:
         ConnectionError: there is no cluster at the address.
+        UsageError: the address is one of Ray Client, through which training has no streaming task.
     """
     if ray.is_initialized():
         yield "joined"
         return
     wanted = address or os.environ.get("RAY_ADDRESS")
+    if str(wanted).startswith("ray://"):
+        raise UsageError(
+            f"{wanted} is an address of Ray Client, which can't do all that a run asks of Ray: submit the same as a "
+            "job (`ray job submit -- ray-tracin …`), or give HOST:PORT on a machine of the cluster"
+        )
     embedded = wanted in (None, "", "local")
     if embedded:
         # A private cluster needs no token, and must not leave one in the user's home.
@@ -104,7 +110,7 @@ def _interrupted_when_terminated() -> Iterator[None]:
 
 def _refuse_silent_address(address: str) -> None:
     """Nothing, if something listens at host:port. Ray itself would ask for many minutes, without a word."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         return
     try:
@@ -208,9 +214,7 @@ def planned_bytes(stage: Stage[Any]) -> int | None:
 
     The same for all stages, so that workers can go from one to the next.
     """
-    try:
-        stage.run.query_slices("train")
-    except IncompleteRunError:
+    if not is_prepared(stage.run):  # The table of slices may also be damaged, and is made again.
         return None
     plan = plan_of(stage.run)
     return max(need.host for need in (plan.memory.gradients, plan.tile_need, plan.memory.stripes))

@@ -10,6 +10,7 @@ import oracle
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from conftest import TINY, branch
 from test_querying import known_case
@@ -19,10 +20,12 @@ from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explanation import explain_region
 from ray_tracin.integrity import verify
 from ray_tracin.pipeline import STEPS, Executors, release_gradients, run_to, status
+from ray_tracin.preparation import Cut
 from ray_tracin.querying import EXACT, explain_scan
 from ray_tracin.runs import Run, open_run, start_run
-from ray_tracin.runtime import RayExecutor
+from ray_tracin.runtime import RayExecutor, cluster, planned_bytes
 from ray_tracin.stages import Event, execute_serially
+from ray_tracin.vocabulary import UsageError
 
 SERIAL = Executors(execute_serially, execute_serially)
 
@@ -145,6 +148,25 @@ def test_shards_that_tiles_no_longer_want_are_freed_too(tiny_run: Run, tmp_path:
     assert all(receipt.released for receipt in receipts.values())
     assert not any((Path(run.uri) / file.path).exists() for receipt in stored for file in receipt.files)
     assert verify(run) == {}
+
+
+def test_what_will_not_fit_is_refused_before_training(tiny_run: Run, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(tiny_run.uri, tmp_path / "run"))
+    shutil.rmtree(home / "receipts/train")
+    run = start_run(home, overrides=["resources.memory_per_worker=0.2"])
+    with pytest.raises(
+        ValueError, match=r"would not fit:\n  a worker of gradients needs [\s\S]*\nwithout a new run only"
+    ):
+        finish(run, "influence")
+    assert run.store.receipts("train") == {}
+
+
+def test_a_damaged_table_of_slices_does_not_keep_workers_from_mending(tiny_run: Run, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(tiny_run.uri, tmp_path / "run"))
+    assert planned_bytes(Cut(open_run(home))) is not None
+    for damage in (b"", (home / "slices.parquet").read_bytes()[:-3]):
+        (home / "slices.parquet").write_bytes(damage)
+        assert planned_bytes(Cut(open_run(home))) is None
 
 
 VARIANTS = {
@@ -444,6 +466,12 @@ def test_a_patient_without_ground_truth_is_a_query_and_says_so(patients: Path, t
 def _first_region(run: Run, regions: pd.DataFrame) -> tuple[int, str]:
     first = regions.iloc[0]
     return int(run.slices.set_index("slice").loc[first.slice, "index"]), run.classes[int(first["class"]) - 1]
+
+
+def test_an_address_of_ray_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(UsageError, match="ray://head:10001 is an address of Ray Client"), cluster("ray://head:10001"):
+        pass
 
 
 @pytest.mark.slow
