@@ -119,7 +119,7 @@ def phantom(
     """Synthetic patients in a BraTS layout, and nothing else."""
     with failing_clearly(debug), cluster(address), progress(out) as listen:
         write_phantoms(folder, patients, listen, edition=edition, seed=seed)
-    out.print(f"{patients} synthetic patients in {folder.absolute()}")
+    out.print(f"{patients} synthetic patients in {folder.absolute()}", markup=False)
 
 
 def step_command(step: str, before: Callable[[Run], None] | None = None) -> Callable[..., None]:
@@ -263,7 +263,7 @@ def verify_command(run: RunOption, debug: DebugOption = False) -> None:
             opened = open_run(run)
         problems = verify(opened)
         if not problems:
-            out.print(f"every file of {opened.uri} is as it was written")
+            out.print(f"every file of {opened.uri} is as it was written", markup=False)
             return
         for key, found in problems.items():
             for problem in found:
@@ -283,7 +283,8 @@ def repair_command(run: RunOption, debug: DebugOption = False) -> None:
         done = repair(run)
         for line in done:
             out.print(line, markup=False)
-        out.print(f"{len(done)} files mended: the same command as before now computes what is damaged", markup=False)
+        mended = sum(line.endswith((": restored", ": deleted")) for line in done)
+        out.print(f"{mended} files mended: the same command as before now computes what is damaged", markup=False)
 
 
 @app.command()

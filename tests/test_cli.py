@@ -247,6 +247,18 @@ def test_verify_says_that_all_is_well_or_what_is_not(tiny_run: Run) -> None:
     assert "1 damaged keys, 0 foreign files: run the same command again" in done.stderr
 
 
+def test_repair_counts_what_it_mends_and_names_are_told_as_they_are(tiny_run: Run, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run.uri, tmp_path / "run[final]"))
+    assert f"every file of {run} is as it was written" in invoke("verify", "--run", str(run)).stdout
+    (run / "stray.csv").write_bytes(b"x")
+    receipt = run / "receipts/train/epoch_08.json"
+    whole = receipt.read_bytes()
+    receipt.write_bytes(b"")
+    assert "\n0 files mended" in invoke("repair", "--run", str(run)).stdout
+    receipt.write_bytes(whole)
+    assert invoke("repair", "--run", str(run)).stdout.startswith("stray.csv: deleted\n1 files mended")
+
+
 def test_explain_ranks_what_the_tensor_says(tiny_run: Run) -> None:
     regions = tiny_run.table("regions")
     there = regions[(regions.pixels > 0) & regions.slice.isin(tiny_run.query_slices("test"))].iloc[0]
