@@ -162,9 +162,12 @@ class RunStore:
 
     def release(self, receipts: Iterable[Receipt]) -> None:
         """Delete the files of finished keys that nothing needs any more. The receipts stay and say so."""
-        for receipt in receipts:
+
+        def free(receipt: Receipt) -> None:
             self.write_receipt(replace(receipt, files=(), released=True))
             self.objects.delete(file.path for file in receipt.files)
+
+        self.objects.parallel(free, receipts)  # Workers wait for the next checkpoint meanwhile.
 
     # Arrays
 

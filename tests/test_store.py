@@ -4,6 +4,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pandas as pd
@@ -178,6 +179,21 @@ def test_releasing_deletes_the_files_and_keeps_the_receipt(store: RunStore) -> N
     store.release([receipt])
     left = store.receipts("stage")["k"]
     assert (left.released, left.files, store.objects.size("x")) == (True, (), None)
+
+
+def test_keys_are_released_side_by_side(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the cloud it is a wait for each: hundreds of shards a checkpoint."""
+    receipts = [Receipt("gradients", name, "f", files=(store.objects.put(f"{name}.bin", b"x"),)) for name in "abcd"]
+    together, put = Barrier(4, timeout=5), Objects.put
+
+    def waiting(objects: Objects, path: str, data: bytes) -> StoredFile:
+        together.wait()
+        return put(objects, path, data)
+
+    monkeypatch.setattr(Objects, "put", waiting)
+    store.release(receipts)
+    assert all(receipt.released for receipt in store.receipts("gradients").values())
+    assert not any(path.endswith(".bin") for path in store.objects.sizes())
 
 
 def test_new_metadata_leaves_the_chunks_alone(store: RunStore) -> None:
