@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError, WorkerCrashedError
 
 from ray_tracin.stages import Stage, StageError, out_of_memory
 from ray_tracin.vocabulary import ReadError
@@ -106,6 +106,8 @@ def reason(error: BaseException) -> str:
         return "its worker was ended because the node ran out of memory"
     if process_died(error):
         return "its worker's process died: killed, crashed, or out of memory"
+    if isinstance(error, WorkerCrashedError):  # Of a task: only one that hung can have been ended by `ended_after`.
+        return "its worker's process died: killed, crashed, out of memory, or hung (see resources.lease_seconds)"
     if isinstance(error, RayError) and not isinstance(error, RayTaskError):
         return f"its worker went away ({type(error).__name__})"
     text = str(error).strip() or type(error).__name__
