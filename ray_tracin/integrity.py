@@ -132,20 +132,25 @@ def _keys(stage: Stage[Any]) -> list[str] | None:
 
 
 def _missing(evidence: _Evidence) -> Iterator[tuple[str, str]]:
-    """Keys without a receipt, of stages that something later was built on.
+    """Keys without a receipt that must have been done, by what was built on them."""
+    for name, key in _expected(evidence):
+        if key not in evidence.by_stage[name] and f"{paths.RECEIPTS}/{name}/{key}.json" not in evidence.unreadable:
+            yield name, key
+
+
+def _expected(evidence: _Evidence) -> Iterator[tuple[str, str]]:
+    """The metadata of arrays that a key was written into, and the keys of stages that something later was built on.
 
     Gradient shards are left out: nobody misses them once their tiles are done, and some runs never store them.
     """
     for place, stage in enumerate(evidence.stages):
+        if evidence.by_stage[stage.name] and type(stage).write_layout is not Stage.write_layout:
+            yield LAYOUT, stage.name
         later = evidence.stages[place + 1 :]
         if isinstance(stage, IndexSketches | MeasureSketches):  # On an index nothing is built but its own measurement.
             later = [other for other in later if isinstance(other, MeasureSketches) and other.size == stage.size]
-        if stage.name == Differentiate.name or not any(evidence.by_stage[other.name] for other in later):
-            continue
-        held = evidence.by_stage[stage.name]
-        for key in _keys(stage) or []:
-            if key not in held and f"{paths.RECEIPTS}/{stage.name}/{key}.json" not in evidence.unreadable:
-                yield stage.name, key
+        if stage.name != Differentiate.name and any(evidence.by_stage[other.name] for other in later):
+            yield from ((stage.name, key) for key in _keys(stage) or [])
 
 
 def _foreign(run: Run, evidence: _Evidence) -> list[str]:

@@ -28,7 +28,7 @@ from ray_tracin.planning import plan_of
 from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices
 from ray_tracin.report import RenderReport, refuse_wrong_queries
 from ray_tracin.runs import Run, open_run
-from ray_tracin.stages import LAYOUT, Event, Executor, Listener, Stage, complete, sound_receipts
+from ray_tracin.stages import Event, Executor, Listener, Stage, complete, sound_receipts
 from ray_tracin.store import Receipt
 from ray_tracin.tiling import ComputeTiles
 from ray_tracin.vocabulary import checkpoint_name
@@ -167,7 +167,7 @@ def _gradients(run: Run, executors: Executors, listen: Listener) -> None:
 
 def _influence(run: Run, executors: Executors, listen: Listener) -> None:
     epochs = run.config.influence_epochs()
-    if Differentiate.name in run.store.receipt_keys(LAYOUT):
+    if run.store.receipt_keys(Differentiate.name):
         complete(Differentiate(run, ()), executors.pool, listen)  # Metadata may be damaged although no shard is wanted.
     for group in [epochs] if run.config.gradients.keep else [(epoch,) for epoch in epochs]:
         _tiles_of(run, group, executors, listen)

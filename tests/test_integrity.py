@@ -174,6 +174,17 @@ def test_nan_stands_exactly_where_a_region_is_absent(tiny_run: Run, tmp_path: Pa
     }
 
 
+def test_metadata_is_not_deleted_where_its_receipt_is_gone(tiny_run: Run, tmp_path: Path) -> None:
+    """Without it the arrays could not be read any more."""
+    home = Path(shutil.copytree(tiny_run.uri, tmp_path / "run"))
+    (home / "receipts/layout/influence.json").unlink()
+    (left,) = repair(str(home))
+    assert left.startswith("files that no receipt names are left for now (7)")
+    assert verify(open_run(home))["layout/influence"] == ["receipts/layout/influence.json: missing"]
+    run_to(open_run(home), "influence", SERIAL, lambda event: None)
+    assert verify(open_run(home)) == {}
+
+
 def test_an_index_does_not_make_other_steps_and_indexes_missed(tiny_run: Run, tmp_path: Path) -> None:
     """A run that ended with `influence` may be indexed, and an index be begun and given up for one of another size."""
     home = Path(shutil.copytree(tiny_run.uri, tmp_path / "run"))
@@ -184,7 +195,8 @@ def test_an_index_does_not_make_other_steps_and_indexes_missed(tiny_run: Run, tm
         run.store.write_receipt(Receipt(stage.name, str(stage.keys()[0]), run.fingerprint))
     found = verify(run)
     del found[FOREIGN]
-    assert list(found) == [f"sketches-4/{key}" for key in IndexSketches(run, 4).keys()[1:]]
+    indexes = [f"layout/sketches-{size}" for size in (2, 4)]
+    assert [*found] == [*indexes, *(f"sketches-4/{key}" for key in IndexSketches(run, 4).keys()[1:])]
 
 
 def test_a_damaged_configuration_says_how_to_restore_it(tmp_path: Path) -> None:
