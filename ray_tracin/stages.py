@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import socket
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -284,7 +285,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def peak_memory() -> int:
     """Highest resident size of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else 1024 * highest  # Linux counts it in KiB.
 
 
 def _ensure_layout(stage: Stage[Any]) -> None:

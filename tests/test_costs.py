@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -19,7 +20,16 @@ from ray_tracin.objects import Objects
 from ray_tracin.pipeline import stage_names, status
 from ray_tracin.progress import PlainLines, progress
 from ray_tracin.runs import Run, open_run, start_run
-from ray_tracin.stages import ATTEMPTS, Attempt, Event, complete, done_receipts, execute_serially, log_attempt
+from ray_tracin.stages import (
+    ATTEMPTS,
+    Attempt,
+    Event,
+    complete,
+    done_receipts,
+    execute_serially,
+    log_attempt,
+    peak_memory,
+)
 from ray_tracin.store import Receipt
 
 
@@ -97,6 +107,13 @@ def test_status_says_how_long_is_left(tiny_run: Run) -> None:
     halfway = replace(lines["tiles"], done=9, cost=replace(lines["tiles"].cost, keys_a_minute=3.0))
     assert halfway.seconds_left == 180
     assert replace(halfway, total=None).seconds_left is None
+
+
+def test_peak_memory_is_in_bytes_where_the_system_counts_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    on_a_mac = peak_memory()
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert peak_memory() >= 1024 * on_a_mac > 0
 
 
 def test_status_counts_what_was_done_for_this_configuration(tmp_path: Path) -> None:
