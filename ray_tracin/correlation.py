@@ -68,6 +68,12 @@ POINTWISE = Geometry(kernel=(1,), stride=(1,), dilation=(1,), padding=((0, 0),))
 """A linear layer: its leading axes, flattened, are the positions of a kernel of one pixel."""
 
 
+def each_axis(value: int | Sequence[int], axes: int) -> Shape:
+    """What a convolution is told for its axes: each, or one for all of them."""
+    told = (value,) if isinstance(value, int) else tuple(value)
+    return told * axes if len(told) == 1 else told
+
+
 def windows_of(geometry: Geometry, points: Box) -> Box:
     """The box of all that a box of points sees; where there is padding it reaches outside."""
     return tuple(

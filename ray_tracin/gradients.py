@@ -157,8 +157,8 @@ class RegionDifferentiator:
         if used:
             raise ValueError(
                 f"the logits depend on {', '.join(used)}, but the modules that own these parameters are never called, "
-                "so their gradients can't be followed. Call the modules instead of using their parameters, or exclude "
-                "the parameters by gradients.parameters"
+                "so their gradients can't be followed. Call the modules (not their forward) instead of using their "
+                "parameters, or exclude the parameters by gradients.parameters"
             )
 
     def differentiate(
@@ -302,9 +302,11 @@ class RegionDifferentiator:
         if differing:
             raise ValueError(
                 f"the gradients of these parameters differ from autograd's: {', '.join(differing)}. A parameter is "
-                "covered where only its own module uses it, on one slice at a time; these are used elsewhere too, or "
-                "their slices are mixed, or torch.utils.checkpoint runs them again (switch it off). Exclude them by "
-                "gradients.parameters, freeze them (requires_grad_(False)), or call the module that owns them"
+                "covered where only its own module uses it, on one slice at a time, and all comes out in the tensors "
+                "that the module returns (also in tuples, lists and dictionaries); these are used elsewhere too, or "
+                "their slices are mixed, or a module remembers earlier calls, or numbers are random, or "
+                "torch.utils.checkpoint runs them again (switch it off). Exclude them by gradients.parameters, freeze "
+                "them (requires_grad_(False)), or call the module that owns them"
             )
 
     def _differing(self, images: Tensor, labels: Tensor, masks: Tensor) -> list[str]:
@@ -332,6 +334,12 @@ class RegionDifferentiator:
     def _plain_gradients(self, image: Tensor, labels: Tensor, masks: Tensor) -> Float[Tensor, "class column"]:
         with recorded(), trainable(self._parameters.values()):
             logits = self._as_given()(image.to(self._like).contiguous().clone())
+            if not logits.requires_grad:
+                raise ValueError(
+                    "expected logits that depend on the parameters, got some that depend on none of "
+                    f"{', '.join(self._parameters)}: look for torch.no_grad and detach in the network, and at "
+                    "gradients.parameters"
+                )
             scores = region_scores(logits, labels.to(logits.device).clone(), masks.to(logits.device).clone())[0]
             rows = [flat_gradients(score, self._parameters.values(), retain_graph=True) for score in scores]
         return torch.stack(rows)

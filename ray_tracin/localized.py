@@ -17,7 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ray_tracin.correlation import Box, Geometry, Shape, clipped, cut, nonzero_boxes, points_of, slices, windows_of
+from ray_tracin.correlation import (
+    Box,
+    Geometry,
+    Shape,
+    clipped,
+    cut,
+    each_axis,
+    nonzero_boxes,
+    points_of,
+    slices,
+    windows_of,
+)
 
 LOCAL_POSITIONS = 12 * 12
 """Positions of a slice below which looking for boxes costs more than they save."""
@@ -82,15 +93,9 @@ def _localized(func: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...]
     learning = weight.requires_grad or (bias is not None and bias.requires_grad)
     if isinstance(padding, str) or learning or math.prod(kernel) == 1 or values.dim() != weight.dim():
         return None
-    pairs = tuple((width, width) for width in _each_axis(padding, axes))
-    geometry = Geometry(kernel, _each_axis(stride, axes), _each_axis(dilation, axes), pairs, groups)
-    return values, weight, bias, geometry, func in _TRANSPOSED, _each_axis(extra, axes)
-
-
-def _each_axis(value: int | Sequence[int], axes: int) -> Shape:
-    """What a convolution is told for its axes: each, or one for all of them."""
-    told = (value,) if isinstance(value, int) else tuple(value)
-    return told * axes if len(told) == 1 else told
+    pairs = tuple((width, width) for width in each_axis(padding, axes))
+    geometry = Geometry(kernel, each_axis(stride, axes), each_axis(dilation, axes), pairs, groups)
+    return values, weight, bias, geometry, func in _TRANSPOSED, each_axis(extra, axes)
 
 
 class _Convolution(torch.autograd.Function):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ray_tracin import correlation
 from ray_tracin.layers import Layout, Segment, unit_gradients
@@ -54,6 +54,7 @@ class Passes:
         # What doesn't depend on a unit before it depends on this: a backward pass to here reaches every unit, and
         # goes no further than the first of them.
         self._anchor = values.new_zeros((), requires_grad=True)
+        self._anchored = self._foreign = False
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """The logits of images.
@@ -62,7 +63,7 @@ class Passes:
             ValueError: a unit is called more often than on the example.
         """
         local = LocalBackward() if images.device.type in correlation.BOXED_DEVICES else nullcontext()
-        with local, hooked(list(self._units.values()), self._keep_input, self._watch_output):
+        with local, hooked(list(self._units.values()), self._keep_input, self._watch_output, self._tie):
             logits: Tensor = model(images.clone())
         return logits
 
@@ -102,23 +103,31 @@ class Passes:
         calls.append(call)
 
     def _watch_output(self, unit: Unit, output: Any) -> Any:
-        leaves, structure = tree_flatten(output)
         number = len(self._calls[unit.name]) - 1
-        # One of several may be made from another: a tensor of its own sees only what comes from outside the unit.
-        alone = sum(_is_differentiable(leaf) for leaf in leaves) == 1
-        return tree_unflatten(
-            [self._watched(leaf, unit, number, place, alone) for place, leaf in enumerate(leaves)], structure
-        )
+        tied = self._tie(output)
+        for place, leaf in enumerate(tree_leaves(tied)):
+            if _is_differentiable(leaf) and leaf.requires_grad:
+                # A hook on the tensor, not on the module: it sees the gradient of what the unit wrote even where the
+                # network goes on to change that in place.
+                leaf.register_hook(partial(self._take, unit, number, place))
+        return tied
 
-    def _watched(self, leaf: Any, unit: Unit, number: int, place: int, alone: bool) -> Any:
+    def _tie(self, output: Any) -> Any:
+        """What a unit returns, such that all its tensors depend on the anchor."""
+        leaves, structure = tree_flatten(output)
+        # One of several may be made from another: a tensor of its own sees only what comes from outside the unit.
+        alone = sum(map(_is_differentiable, leaves)) == 1
+        return tree_unflatten([self._tied(leaf, alone) for leaf in leaves], structure)
+
+    def _tied(self, leaf: Any, alone: bool) -> Any:
         if not _is_differentiable(leaf):
             return leaf
+        # What requires a gradient before anything depends on the anchor has it from the network itself.
+        self._foreign |= leaf.requires_grad and not self._anchored
         # Writing into a view makes its history anew, without the hook.
-        tied = leaf if leaf.requires_grad and alone and not leaf._is_view() else leaf + self._anchor
-        if tied.requires_grad:
-            # A hook on the tensor, not on the module: it sees the gradient of what the unit wrote even where the
-            # network goes on to change that in place.
-            tied.register_hook(partial(self._take, unit, number, place))
+        enough = leaf.requires_grad and alone and not leaf._is_view() and not self._foreign
+        tied = leaf if enough else leaf + self._anchor
+        self._anchored |= tied.requires_grad
         return tied
 
     def _take(self, unit: Unit, number: int, place: int, output_gradient: Tensor | None) -> None:
@@ -157,7 +166,7 @@ class Passes:
 
 
 def _is_differentiable(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def _formula(segment: Segment, call: Call, output_gradient: Tensor, slices: int) -> Float[Tensor, "slice column"]:

@@ -55,14 +55,23 @@ class Call:
         ``output`` numbers the leaf of what the unit writes that the gradient belongs to; ``shared`` says of each tensor
         that it reads whether that is the same for all slices instead of having a part for each.
         """
-        rows = []
-        with trainable(self.unit.parameters.values()):
-            for position in range(slices):
-                arguments, keywords = tree_unflatten(self._part(position, slices, shared), self.structure)
-                written = tree_flatten(self.unit.module(*arguments, **keywords))[0][output]
-                upstream = _part(output_gradient, position, slices)
-                rows.append(flat_gradients(written, self.unit.parameters.values(), upstream))
-        return torch.stack(rows)
+        try:
+            with trainable(self.unit.parameters.values()):
+                return torch.stack([self._of_slice(n, output, output_gradient, slices, shared) for n in range(slices)])
+        except RuntimeError as error:
+            error.add_note(
+                f"Unit {self.unit.name!r} was run again on one slice's part of the tensors that it is called with "
+                "(also those in tuples, lists and dictionaries): it may depend on nothing else in which slices differ"
+            )
+            raise
+
+    def _of_slice(
+        self, position: int, output: int, output_gradient: Tensor, slices: int, shared: Sequence[bool]
+    ) -> Float[Tensor, " column"]:
+        arguments, keywords = tree_unflatten(self._part(position, slices, shared), self.structure)
+        written = tree_flatten(self.unit.module(*arguments, **keywords))[0][output]
+        upstream = _part(output_gradient, position, slices)
+        return flat_gradients(written, self.unit.parameters.values(), upstream)
 
     def _part(self, position: int, slices: int, shared: Sequence[bool]) -> list[Any]:
         whole = iter(shared)
@@ -86,11 +95,15 @@ def _part(values: Tensor, position: int, slices: int) -> Tensor:
 
 Read = Callable[[Unit, tuple[Any, ...], dict[str, Any]], None]
 Written = Callable[[Unit, Any], Any]
+Made = Callable[[Any], Any]
 
 
 @contextmanager
-def hooked(units: Sequence[Unit], read: Read, written: Written) -> Iterator[None]:
-    """Inside, ``read`` is told what a unit is called with, and ``written`` replaces what it returns."""
+def hooked(units: Sequence[Unit], read: Read, written: Written, made: Made = lambda output: output) -> Iterator[None]:
+    """Inside, ``read`` is told what a unit is called with, and ``written`` replaces what it returns.
+
+    What hooks of its own see has been replaced by ``made`` before.
+    """
 
     def before(unit: Unit) -> Callable[..., None]:
         return lambda _, arguments, keywords: read(unit, arguments, keywords)
@@ -102,6 +115,8 @@ def hooked(units: Sequence[Unit], read: Read, written: Written) -> Iterator[None
     for unit in units:
         # First before and last after the module's own hooks: with them it is the unit that runs.
         handles.append(unit.module.register_forward_pre_hook(before(unit), prepend=True, with_kwargs=True))
+        if unit.module._forward_hooks:
+            handles.append(unit.module.register_forward_hook(lambda _, arguments, output: made(output), prepend=True))
         handles.append(unit.module.register_forward_hook(after(unit), with_kwargs=True))
     try:
         yield
@@ -174,7 +189,10 @@ def trace(model: nn.Module, units: Sequence[Unit], images: Float[Tensor, "slice 
 
 
 def _unread(_: Any) -> Tensor:
-    raise RuntimeError("nobody goes back through a trace")
+    raise ValueError(
+        "expected a network that only goes forward, got one that differentiates while it runs (torch.autograd.grad, "
+        "backward), through which nobody can go back"
+    )
 
 
 def _storage(tensor: Tensor) -> int:

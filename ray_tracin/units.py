@@ -13,15 +13,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import CellType, FunctionType, MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from ray_tracin.correlation import POINTWISE, Geometry, Shape
+from ray_tracin.correlation import POINTWISE, Geometry, Shape, each_axis
 from ray_tracin.layers import Form, Kind, Segment, factor_values
 
 Shapes = tuple[Shape, ...]
@@ -82,7 +85,8 @@ def selected_parameters(model: nn.Module, head: str, selection: str | Sequence[s
     Raises:
         ValueError: no trainable parameter, a head without a trainable weight, or a pattern that matches nothing.
     """
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    # One without values, which tells a device, would make its owner a unit with all that is in it.
+    trainable = [name for name, value in model.named_parameters() if value.requires_grad and value.numel()]
     if not trainable:
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter (requires_grad is False everywhere): there is nothing "
@@ -104,8 +108,9 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: a batch normalisation without running statistics, which in eval mode too normalises with those of
-            the batch: the gradient of a slice would depend on which others are in its batch.
+            the batch: the gradient of a slice would depend on which others are in its batch. Or TorchScript.
     """
+    _refuse_scripts(model)
     # A copy that is made in inference mode could never be differentiated; and PyTorch's gradients of normalisations of
     # tensors whose channels are last aren't all right.
     with torch.inference_mode(False):
@@ -127,26 +132,77 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 def _deep_copy(model: nn.Module) -> nn.Module:
     """A copy, what modules keep of earlier calls without its history, with which it can't be copied."""
-    kept = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
-    own: nn.Module = copy.deepcopy(model, {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf})
+    kept = [leaf for leaf in _attributes(model) if isinstance(leaf, Tensor)]
+    return _copied(model, {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf})
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy; functions that modules keep (as hooks, as their forward) hold the copy's modules in it."""
+    functions: dict[int, FunctionType] = {}
+    for leaf in _attributes(model):
+        _gather(leaf, functions)
+    for number, function in functions.items():
+        cells = tuple(CellType() for _ in function.__code__.co_freevars)
+        named = function.__code__, function.__globals__, function.__name__, function.__defaults__
+        memo[number] = FunctionType(*named, cells)
+        memo[number].__kwdefaults__ = function.__kwdefaults__
+    own: nn.Module = copy.deepcopy(model, memo)
+    for number, function in functions.items():
+        for given, cell in zip(function.__closure__ or (), memo[number].__closure__, strict=True):
+            cell.cell_contents = _counterpart(given.cell_contents, memo)
     return own
+
+
+def _attributes(model: nn.Module) -> Iterator[Any]:
+    """What modules keep, also in lists and dictionaries."""
+    return (leaf for module in model.modules() for leaf in tree_leaves(vars(module)))
+
+
+def _gather(held: Any, functions: dict[int, FunctionType]) -> None:
+    """Adds a function that holds something, and those that it holds."""
+    if isinstance(held, FunctionType) and held.__closure__ and id(held) not in functions:
+        functions[id(held)] = held
+        for cell in held.__closure__:
+            _gather(cell.cell_contents, functions)
+
+
+def _counterpart(held: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(held, MethodType):
+        return MethodType(held.__func__, _counterpart(held.__self__, memo))
+    return memo.get(id(held), held)
+
+
+def _refuse_scripts(model: nn.Module) -> None:
+    script = next((name for name, module in model.named_modules() if isinstance(module, ScriptModule)), None)
+    if script is not None:
+        raise ValueError(
+            f"expected modules that run in Python, got TorchScript ({script or 'the network'}), which can't be "
+            "followed: use the network that it was made of"
+        )
 
 
 def twin(model: nn.Module) -> nn.Module:
     """A copy that shares the parameters and buffers: hooks on one aren't called by the other."""
     tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return _copied(model, {id(tensor): tensor for tensor in tensors})
 
 
 def find_units(model: nn.Module, names: Sequence[str]) -> list[Unit]:
     """The units that own the named parameters, every parameter in one of them.
 
     Raises:
-        ValueError: a parameter belongs to several modules (tied weights): its gradient is the sum over all of them.
+        ValueError: a parameter belongs to several modules (tied weights): its gradient is the sum over all of them. Or
+            one is complex.
     """
     parameters = dict(model.named_parameters())
     selected = {name: parameters[name] for name in names}
     _refuse_tied(model, selected)
+    numbers = [name for name, parameter in selected.items() if parameter.is_complex()]
+    if numbers:
+        raise ValueError(
+            f"expected real parameters, got complex ones: {', '.join(numbers)}. Hold them as real ones with a last "
+            "axis of 2 (torch.view_as_complex), or exclude them by gradients.parameters"
+        )
     return list(_units_below("", model, selected))
 
 
@@ -195,15 +251,17 @@ def geometry_of(module: nn.Module) -> Geometry | None:
         return POINTWISE
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not _is_transposed(module):
         return None
-    kernel, dilation, padding = (getattr(module, name) for name in ("kernel_size", "dilation", "padding"))
-    if padding == "valid":
-        padding = (0,) * len(kernel)
-    pairs = [(width, width) for width in padding]
+    # As it is called now: a network may have given its layers other weights, or one number for all axes.
+    moves: Any = module
+    kernel, padding = tuple(moves.weight.shape[2:]), moves.padding
+    stride, dilation = (each_axis(value, len(kernel)) for value in (moves.stride, moves.dilation))
     if padding == "same":
         spans = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
         # An odd total has its larger half after.
         pairs = [(span // 2, span - span // 2) for span in spans]
-    return Geometry(kernel, getattr(module, "stride"), dilation, tuple(pairs), getattr(module, "groups"))  # noqa: B009
+    else:
+        pairs = [(width, width) for width in each_axis(0 if padding == "valid" else padding, len(kernel))]
+    return Geometry(kernel, stride, dilation, tuple(pairs), moves.groups)
 
 
 def _is_transposed(module: nn.Module) -> bool:
