@@ -121,6 +121,8 @@ class RegionDifferentiator:
         with recorded():
             # Never called: what a module keeps of a call isn't in it.
             self._fresh = twin(self._model)
+        # A hook may leave what it sees where another share would find it.
+        self._hooked = any(one._forward_hooks or one._forward_pre_hooks for one in self._fresh.modules())
         self._units = self._units_of(self._model)
         self._parameters = {name: value for unit in self._units.values() for name, value in unit.parameters.items()}
         self._like = next(iter(self._parameters.values()))
@@ -171,8 +173,8 @@ class RegionDifferentiator:
 
         Raises:
             NonFiniteGradientError: a gradient is infinite or not a number.
-            ValueError: the slices aren't as large as the example, a label is no class, the masks don't fit, or the
-                network calls other modules for these slices than for the example, or checkpoints activations.
+            ValueError: the slices aren't as large as the example, a label is no class, labels or masks don't fit, or
+                the network calls other modules for these slices than for the example, or checkpoints activations.
         """
         return self._differentiated(SHARES, self._precision, images, labels, masks)
 
@@ -220,7 +222,8 @@ class RegionDifferentiator:
         """The scores of images, labels and masks, whose rows are received."""
         count = len(batch[0])
         # A replay changes parameters, which shares have in common.
-        alone = self._like.device.type != "cpu" or any(segment.kind == "other" for segment in self.layout.segments)
+        replayed = any(segment.kind == "other" for segment in self.layout.segments)
+        alone = self._like.device.type != "cpu" or replayed or self._hooked
         size = count if alone else -(-count // min(count, torch.get_num_threads(), shares))
         bounds = list(ranges(count, size))
         twins = [twin(self._fresh) for _ in bounds[1:]]

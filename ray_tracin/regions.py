@@ -57,13 +57,20 @@ def region_scores(
     where the denominator is exactly 0: the class is nowhere true and every probability has underflowed.
 
     Raises:
-        ValueError: the masks don't have one class for each channel but the background, or a label is no class.
+        ValueError: the masks don't have one class for each channel but the background, the labels aren't one map a
+            slice, or a label is no class.
     """
     probabilities = foreground_probabilities(logits)
     if probabilities.shape != masks.shape:
         raise ValueError(
             f"expected masks of shape {tuple(probabilities.shape)} (slice, class, *space) for logits of shape "
             f"{tuple(logits.shape)}, got {tuple(masks.shape)}: one mask a class, none for the background"
+        )
+    expected = (len(masks), *masks.shape[2:])
+    if labels.shape != expected:
+        raise ValueError(
+            f"expected labels of shape {expected} (slice, *space), got {tuple(labels.shape)}: one map a slice, without "
+            "an axis of channels"
         )
     truth = foreground_truth(labels, masks.shape[1])
     intersection = _total(probabilities, masks & truth)

@@ -604,7 +604,7 @@ def test_no_more_slices_go_through_a_network_together_than_its_activations_allow
     images, labels, masks = networks.batch(slices=10)
     together = []
     model = networks.seeded(unet)
-    model.register_forward_pre_hook(lambda _, inputs: together.append(len(inputs[0])))
+    model.forward = lambda images: together.append(len(images)) or UNet.forward(model, images)
     engine = differentiator(model, images)
     together.clear()
     whole = engine.differentiate(images, labels, masks).values

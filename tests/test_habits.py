@@ -1,5 +1,7 @@
 """Habits of researchers' networks: what PyTorch allows is differentiated as it does, or refused by name."""
 
+import time
+
 import networks
 import oracle
 import pytest
@@ -151,6 +153,38 @@ def test_gradients_equal_the_oracle(name, monkeypatch):
         torch.set_num_threads(before)
         for key in names:
             assert oracle.difference(got[key], expected[key].flatten(2)) < 1e-12, key
+
+
+KEPT: dict[str, torch.Tensor] = {}
+
+
+class Remembering(nn.Module):
+    """A hook of a layer without parameters leaves what it sees in a place that copies share, for a while."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.activation, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1)
+        self.activation.register_forward_hook(self.keep)
+
+    def keep(self, _, __, output):
+        KEPT["hidden"] = output
+        time.sleep(0.01)
+
+    def forward(self, x):
+        self.activation(self.layer(x))
+        return self.head(KEPT["hidden"])
+
+
+def test_shares_of_a_batch_do_not_see_what_hooks_keep_of_others():
+    images, labels, masks = networks.batch(slices=4)
+    engine = differentiator(networks.seeded(Remembering), images)
+    before = torch.get_num_threads()
+    rows = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        rows.append(engine.differentiate(images, labels, masks).values)
+    torch.set_num_threads(before)
+    torch.testing.assert_close(*rows)
 
 
 class Inferring(nn.Module):

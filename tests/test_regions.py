@@ -1,5 +1,6 @@
 import math
 
+import jaxtyping
 import oracle
 import pytest
 import torch
@@ -101,4 +102,13 @@ def test_labels_that_are_no_class_are_refused(label):
     labels = torch.zeros(1, 5, dtype=torch.int64)
     labels[0, 2] = label
     with pytest.raises(ValueError, match=rf"expected labels from 0 \(background\) to 2.*{label}"):
+        region_scores(torch.zeros(1, 3, 5), labels, torch.ones(1, 2, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), (2, 5), (1, 4)])
+def test_labels_that_are_not_one_map_a_slice_are_refused(shape, monkeypatch):
+    # As for users, whose arguments aren't checked against annotations.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    labels = torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"expected labels of shape \(1, 5\).*without an axis of channels"):
         region_scores(torch.zeros(1, 3, 5), labels, torch.ones(1, 2, 5, dtype=torch.bool))
