@@ -8,7 +8,6 @@ goes into the packed row at once.
 It doesn't know checkpoints, files or what gradients are multiplied with.
 """
 
-import copy
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from ray_tracin.recording import recorded, trace
 from ray_tracin.regions import region_pixels, region_scores
 from ray_tracin.units import (
     Unit,
+    deep_copy,
     find_units,
     flat_gradients,
     frozen_copy,
@@ -328,7 +328,7 @@ class RegionDifferentiator:
     def _in_float64(self) -> "RegionDifferentiator":
         """The same of the network as it was given, but in float64."""
         with recorded():
-            model = copy.deepcopy(self._as_given()).double()
+            model = deep_copy(self._as_given()).double()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self._parameters)
         example = self._like.new_zeros(self._image_shape, dtype=torch.float64)

@@ -114,7 +114,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     # A copy that is made in inference mode could never be differentiated; and PyTorch's gradients of normalisations of
     # tensors whose channels are last aren't all right.
     with torch.inference_mode(False):
-        own = _deep_copy(model).eval().requires_grad_(False)
+        own = deep_copy(model).eval().requires_grad_(False)
         own.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     mixing = []
     for name, module in own.named_modules():
@@ -130,7 +130,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return own
 
 
-def _deep_copy(model: nn.Module) -> nn.Module:
+def deep_copy(model: nn.Module) -> nn.Module:
     """A copy, what modules keep of earlier calls without its history, with which it can't be copied."""
     kept = [leaf for leaf in _attributes(model) if isinstance(leaf, Tensor)]
     return _copied(model, {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf})
