@@ -10,7 +10,7 @@ It doesn't know when units run, scores, classes or rows.
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import CellType, FunctionType, MethodType
@@ -146,10 +146,13 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         named = function.__code__, function.__globals__, function.__name__, function.__defaults__
         memo[number] = FunctionType(*named, cells)
         memo[number].__kwdefaults__ = function.__kwdefaults__
+        vars(memo[number]).update(vars(function))
     own: nn.Module = copy.deepcopy(model, memo)
     for number, function in functions.items():
         for given, cell in zip(function.__closure__ or (), memo[number].__closure__, strict=True):
-            cell.cell_contents = _counterpart(given.cell_contents, memo)
+            # What was never given a value isn't there.
+            with suppress(ValueError):
+                cell.cell_contents = _counterpart(given.cell_contents, memo)
     return own
 
 
@@ -163,7 +166,8 @@ def _gather(held: Any, functions: dict[int, FunctionType]) -> None:
     if isinstance(held, FunctionType) and held.__closure__ and id(held) not in functions:
         functions[id(held)] = held
         for cell in held.__closure__:
-            _gather(cell.cell_contents, functions)
+            with suppress(ValueError):
+                _gather(cell.cell_contents, functions)
 
 
 def _counterpart(held: Any, memo: dict[int, Any]) -> Any:
