@@ -10,6 +10,7 @@ from typing import Any
 
 from ray_tracin.assembly import AssembleStripes, ExportInfluence, TabulateSelfInfluence
 from ray_tracin.claims import current_driver, driving
+from ray_tracin.featuring import MapFeatures
 from ray_tracin.learning import TabulateCheckpoints, Train
 from ray_tracin.mapping import MapRegions, TabulateRegions
 from ray_tracin.objects import StoredFile
@@ -26,7 +27,7 @@ GROUPS: tuple[tuple[frozenset[str], tuple[type[Stage[Any]], ...]], ...] = (
     (
         frozenset({"regions", "gradients", "influence"}),
         (
-            *(TabulateCheckpoints, MapRegions, TabulateRegions),
+            *(TabulateCheckpoints, MapRegions, TabulateRegions, MapFeatures),
             *(ComputeTiles, AssembleStripes, TabulateSelfInfluence, ExportInfluence),
         ),
     ),

@@ -205,7 +205,7 @@ def job(step: str) -> None:
 
 _HELP = {
     "prepare": "Cut the patients' volumes into slices.",
-    "train": "Train the network, keep its checkpoints, map its regions.",
+    "train": "Train the network, keep its checkpoints, map its regions and their latent features.",
     "gradients": "Compute the region gradients of every checkpoint.",
     "influence": "Assemble the influence tensors.",
     "export": "Write the influence tables.",

@@ -152,7 +152,8 @@ def _complete(stage: Stage[Any]) -> bool:
 def _train(run: Run, executors: Executors, listen: Listener) -> None:
     complete(Train(run), executors.pool, listen)
     drop_states(run, before=run.config.training.epochs + 1)  # Nothing will go on from them.
-    for stage in (TabulateCheckpoints(run), MapRegions(run), TabulateRegions(run)):
+    # Regions have features whatever their influence is: here the workers that take the maxima are there already.
+    for stage in (TabulateCheckpoints(run), MapRegions(run), TabulateRegions(run), MapFeatures(run)):
         complete(stage, executors.pool, listen)
 
 
@@ -236,7 +237,6 @@ def _explainers(run: Run, executors: Executors, listen: Listener) -> None:
 
 
 def _features(run: Run, executors: Executors, listen: Listener) -> None:
-    complete(MapFeatures(run), executors.pool, listen)
     for stage in (RankFeatures(run), TabulateFeatures(run)):
         complete(stage, executors.tables, listen)
 
@@ -283,6 +283,7 @@ def all_stages(run: Run) -> list[Stage[Any]]:
         TabulateCheckpoints(run),
         MapRegions(run),
         TabulateRegions(run),
+        MapFeatures(run),
         Differentiate(run, epochs),
         ComputeTiles(run, epochs),
         AssembleStripes(run),
@@ -294,7 +295,6 @@ def all_stages(run: Run) -> list[Stage[Any]]:
         RankQueries(run),
         RankPatients(run),
         TabulateRankings(run),
-        MapFeatures(run),
         RankFeatures(run),
         TabulateFeatures(run),
         Ablate(run),

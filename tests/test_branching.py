@@ -19,7 +19,7 @@ from ray_tracin.vocabulary import UsageError
 def test_other_rankings_of_the_same_tensor_and_back(tiny_run: Run, tmp_path: Path) -> None:
     other = branch(tiny_run, tmp_path / "other", "explainers={score: cosine, top_k: 3}", "features.random_sets=2")
     done = {event.stage for event in finish(other, "ablation")}
-    assert done & {"cut", "train", "regions", "gradients", "tiles", "influence", "export"} == set()
+    assert done & {"cut", "train", "regions", "features", "gradients", "tiles", "influence", "export"} == set()
     assert done >= {"rankings", "feature-sums", "ablation"}
     assert len(other.table("proponents")) < len(tiny_run.table("proponents"))
     back = branch(other, tmp_path / "back", *TINY, "explainers={score: raw, top_k: 20}", "features.random_sets=20")
