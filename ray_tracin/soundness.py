@@ -11,6 +11,8 @@ from contextlib import suppress
 from ray_tracin.objects import FileState, StorageError, StoredFile
 from ray_tracin.store import Receipt, RunStore
 
+FEW = 16
+"""Files of a folder that are asked for one by one. More are listed, and all that the folder has with them."""
 CHECKED = "checked"
 """Folder of what was read and found right, a file a stage. Without it everything is read once more."""
 
@@ -65,10 +67,15 @@ def _problems(
 
 
 def _states(store: RunStore, held: Iterable[Receipt]) -> dict[str, FileState]:
-    states: dict[str, FileState] = {}
-    for top in {file.path.split("/", 1)[0] for file in _files(held)}:
-        state = store.objects.state(top)
-        states.update(store.objects.states(top) if state is None else {top: state})
+    wanted: dict[str, list[str]] = {}
+    for file in _files(held):
+        wanted.setdefault(file.path.split("/", 1)[0], []).append(file.path)
+    alone = [path for paths in wanted.values() if len(paths) <= FEW for path in paths]
+    asked = zip(alone, store.objects.parallel(store.objects.state, alone), strict=True)
+    states = {path: state for path, state in asked if state is not None}
+    for top, paths in wanted.items():
+        if len(paths) > FEW:
+            states.update(store.objects.states(top))
     return states
 
 

@@ -290,11 +290,13 @@ def peak_memory() -> int:
 
 
 def _ensure_layout(stage: Stage[Any]) -> None:
-    if stage.name in sound_receipts(stage.run, LAYOUT):
+    run, store = stage.run, stage.run.store
+    receipt = store.read_receipt(LAYOUT, stage.name)
+    held = [receipt] if receipt is not None and receipt.fingerprint == run.fingerprint else []
+    if held and not file_problems(store, held, check_bytes=run.config.resources.check == "bytes"):
         return
-    store = stage.run.store
     store.take_written()
     stage.write_layout()
     files = store.take_written()
     if files:
-        store.write_receipt(Receipt(LAYOUT, stage.name, stage.run.fingerprint, files=files, started=time.time()))
+        store.write_receipt(Receipt(LAYOUT, stage.name, run.fingerprint, files=files, started=time.time()))
