@@ -476,13 +476,9 @@ def test_an_address_of_ray_client_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_bits_do_not_depend_on_workers_or_ray(
-    local_cluster: str, tiny_run: Run, patients: Path, tmp_path: Path, workers: int
-) -> None:
-    overrides = [*TINY, f"data.root={patients}", f"resources.workers={workers}"]
-    run = start_run(tmp_path / "run", preset="demo", overrides=overrides)
+def test_the_bits_do_not_depend_on_ray(local_cluster: str, tiny_run: Run, patients: Path, tmp_path: Path) -> None:
+    run = start_run(tmp_path / "run", preset="demo", overrides=[*TINY, f"data.root={patients}"])
     with RayExecutor() as pool:
         finish(run, "influence", Executors(pool, execute_serially))
-    finish(run, executors=Executors(execute_serially, execute_on_ray_data))
+    finish(run, "ablation", Executors(execute_serially, execute_on_ray_data))
     assert bits(run) == bits(tiny_run)

@@ -13,6 +13,7 @@ import torch
 from conftest import TINY
 from faulty import ARRAY, GpuSquare, Square
 from ray._private.internal_api import memory_summary
+from test_cli import is_the_tensor_of
 
 from ray_tracin import attribution, stages, tiling
 from ray_tracin.attribution import Differentiate
@@ -358,11 +359,14 @@ def test_gradients_in_halved_batches_are_the_same(
     assert np.array_equal(tiny_run.store.read(path, rows), before)
 
 
-def test_workers_take_no_more_memory_than_planned(tiny_run: Run, patients: Path, tmp_path: Path) -> None:
-    run = start_run(tmp_path / "run", preset="demo", overrides=tiny_settings(patients))
+def test_one_worker_gives_the_same_bits_and_takes_no_more_memory_than_planned(
+    tiny_run: Run, patients: Path, tmp_path: Path
+) -> None:
+    run = start_run(tmp_path / "run", preset="demo", overrides=[*tiny_settings(patients), "resources.workers=1"])
     used = []
     with RayExecutor() as pool:
         run_to(run, "influence", Executors(pool, execute_serially), lambda event: used.append(object_store()))
+    assert is_the_tensor_of(tiny_run, Path(run.uri))
     assert all("Plasma memory usage 0 MiB" in text for text in used), "gradients and tiles travel through storage"
     plan = plan_of(run)
     planned = {

@@ -93,6 +93,7 @@ def test_a_worker_that_is_killed_or_hangs_costs_a_key_or_two(tmp_path: Path) -> 
         assert_cheap(trouble, found[trouble], 2 * calm["seconds"])
 
 
+@pytest.mark.chaos
 def test_a_worker_that_takes_all_memory_is_ended_by_ray_and_costs_a_key_or_two(tmp_path: Path) -> None:
     memory = psutil.virtual_memory()
     if memory.available < 3 * SPARE:
@@ -104,19 +105,22 @@ def test_a_worker_that_takes_all_memory_is_ended_by_ray_and_costs_a_key_or_two(t
 
 
 KILLS = 5
+DRAWN = ("figures", "pictures", "report")
+"""The stages of what is looked at, which take as long as all tables."""
 WORK = ("ray::PoolWorker.do", "ray::do_in_order", "ray::Map", "ray::_map_task")
 """How processes call themselves that are at a key: of the pool, of training, and of tables."""
 
 
 def test_workers_of_a_run_that_are_killed_change_no_bit(tiny_run: Run, patients: Path, tmp_path: Path) -> None:
     run, undisturbed = tmp_path / "run", Path(tiny_run.uri)
-    driver = drive(run, patients)
-    with _killing(driver.pid, run, len(started_times(undisturbed))) as killed:
+    expected = {key for key in started_times(undisturbed) if key.split("/")[0] not in DRAWN}
+    driver = drive(run, patients, "ablation")
+    with _killing(driver.pid, run, len(expected)) as killed:
         _, errors = driver.communicate(timeout=240)
     assert driver.returncode == 0, errors
     assert len(killed) == KILLS
     assert arrays_and_tables(run) == arrays_and_tables(undisturbed)
-    assert started_times(run).keys() == started_times(undisturbed).keys()
+    assert started_times(run).keys() == expected
     events = open_run(run).table("events")
     in_vain = events[events.outcome != "done"]
     assert len(in_vain) <= len(killed), "a worker takes no more than its key with it"
