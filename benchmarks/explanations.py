@@ -80,10 +80,8 @@ def _write_slices(run: Run, train: int, test: int, random: np.random.Generator) 
     for row in range(rows):
         image = np.kron(random.uniform(-1, 1, (len(MODALITIES), 4, 4)), np.ones((size // 4, size // 4)))
         block = np.kron(labels[row], np.ones((size // 6 + 1, size // 6 + 1), np.uint8))[:size, :size]
-        run.store.write(
-            paths.IMAGES, (slice(row, row + 1), *[slice(0, n) for n in image.shape]), image[None].astype("f4")
-        )
-        run.store.write(paths.LABELS, (slice(row, row + 1), slice(0, size), slice(0, size)), block[None])
+        run.store.write(paths.IMAGES, (slice(row, row + 1),), image[None].astype("f4"))
+        run.store.write(paths.LABELS, (slice(row, row + 1),), block[None])
     table = pd.DataFrame(
         {
             "slice": np.arange(rows),
@@ -110,13 +108,11 @@ def _write_network(run: Run) -> None:
 
 def _write_regions(run: Run, exists: np.ndarray, random: np.random.Generator) -> None:
     MapRegions(run).write_layout()
-    labels, size = run.store.array(paths.LABELS), run.config.data.size
+    labels = run.store.array(paths.LABELS)
     for start, stop in ranges(len(exists), REGION_SLICES):
         truth = np.asarray(labels[start:stop])[:, None] == np.arange(1, 4)[:, None, None]
         masks = truth & exists[start:stop, :, None, None]
-        run.store.write(
-            paths.MASKS, tuple(slice(*pair) for pair in ((start, stop), (0, 3), (0, size), (0, size))), masks
-        )
+        run.store.write(paths.MASKS, (slice(start, stop),), masks)
     table = pd.DataFrame(
         {
             "slice": np.repeat(np.arange(len(exists)), 3),
@@ -147,7 +143,7 @@ def _write_influence(run: Run, vectors: np.ndarray) -> None:
         rows = list(run.query_slices(key.query_set)[key.start : key.stop])
         where = (slice(0, 3), slice(key.start, key.stop))
         values = vectors[:, rows] @ train.T
-        run.store.write(f"{paths.INFLUENCE}/{key.query_set}", (*where, slice(0, len(train))), values)
+        run.store.write(f"{paths.INFLUENCE}/{key.query_set}", where, values)
         norm2 = np.repeat((vectors[:, rows] ** 2).sum(-1)[None], epochs, 0) * 100 / epochs  # Rates are 0.01.
         run.store.write(f"{paths.INFLUENCE}/norm2_{key.query_set}", (slice(0, epochs), *where), norm2)
 
@@ -162,8 +158,7 @@ def _write_features(run: Run, vectors: np.ndarray, features: int, random: np.ran
         seen = np.abs(part / np.linalg.norm(part, axis=-1, keepdims=True) @ directions) + 1
         noise = np.where(np.isnan(seen), np.nan, random.gamma(2, size=seen.shape))
         maxima = np.where(np.arange(features) % 2 == 0, seen, noise)
-        where = tuple(slice(*pair) for pair in ((key.start, key.stop), (0, 3), (0, features)))
-        run.store.write(MAXIMA, where, maxima.astype(np.float32))
+        run.store.write(MAXIMA, (slice(key.start, key.stop),), maxima.astype(np.float32))
     impact = pd.DataFrame({"feature": np.repeat(np.arange(features), 3), "class": np.tile((1, 2, 3), features)})
     run.store.write_table(
         paths.FEATURE_IMPACT, impact.assign(impact=random.normal(0.01, 0.02, len(impact)), slices=100)

@@ -134,7 +134,7 @@ def write_tensor(run: Run, generator: np.random.Generator) -> None:
     for key in AssembleStripes(run).keys():  # noqa: SIM118
         rows = slice(key.start, key.stop)
         values = generator.standard_normal((classes, key.stop - key.start, columns), dtype=np.float32) ** 3
-        run.store.write(f"influence.zarr/{key.query_set}", (slice(0, classes), rows, slice(0, columns)), values)
+        run.store.write(f"influence.zarr/{key.query_set}", (slice(0, classes), rows), values)
         norms = generator.random((5, classes, key.stop - key.start), dtype=np.float32) + 1
         run.store.write(f"influence.zarr/norm2_{key.query_set}", (slice(0, 5), slice(0, classes), rows), norms)
 
@@ -174,7 +174,7 @@ def write_tables(run: Run, generator: np.random.Generator) -> None:
         MAXIMA, shape=shape, chunks=(32, *shape[1:]), dtype="float32", dimensions=("slice", "class", "feature")
     )
     values = generator.random(shape, dtype=np.float32)
-    run.store.write(MAXIMA, tuple(slice(0, length) for length in shape), values)
+    run.store.write(MAXIMA, (slice(0, len(values)),), values)
 
 
 def write_pictures(run: Run, size: int, generator: np.random.Generator) -> None:

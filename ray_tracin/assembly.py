@@ -88,13 +88,11 @@ class AssembleStripes(Stage[Stripe]):
             norms.append(np.where(exists.T, norm2, np.nan))
         kernels = torch.stack(stripes)
         total = sum_checkpoints(kernels, run.learning_rates)
-        part = slice(key.start, key.stop)
-        classes, columns = total.shape[0], total.shape[2]
-        base, everything = f"{paths.INFLUENCE}/", (slice(0, classes), part, slice(0, columns))
-        run.store.write(f"{base}kernel_{key.query_set}", (slice(0, len(epochs)), *everything), kernels.numpy())
-        whole = (slice(0, len(epochs)), slice(0, classes), part)
-        run.store.write(f"{base}norm2_{key.query_set}", whole, np.stack(norms))
-        run.store.write(f"{base}{key.query_set}", everything, total.numpy())
+        every, where = slice(0, len(epochs)), (slice(0, len(run.classes)), slice(key.start, key.stop))
+        base = f"{paths.INFLUENCE}/"
+        run.store.write(f"{base}kernel_{key.query_set}", (every, *where), kernels.numpy())
+        run.store.write(f"{base}norm2_{key.query_set}", (every, *where), np.stack(norms))
+        run.store.write(f"{base}{key.query_set}", where, total.numpy())
         return {}
 
 
@@ -108,21 +106,14 @@ def _read_stripe(run: Run, key: Stripe, epoch: int) -> tuple[Array, Array]:
         tile = _read_tile(run, epoch, key.query_set, *((other, block) if mirrored else (block, other)))
         tile = tile.transpose(2, 3, 0, 1) if mirrored else tile
         parts.append(tile[:, :length, :, : stop - start])
-    norm2 = run.store.read(f"{tiles_path(epoch, key.query_set)}_norm2", _block_of(run, key.query_set, block))[0]
+    norm2 = run.store.read(f"{tiles_path(epoch, key.query_set)}_norm2", (slice(block, block + 1),))[0]
     return np.concatenate(parts, axis=3), norm2[:, :length]
 
 
 def _read_tile(run: Run, epoch: int, query_set: QuerySet, query_block: int, train_block: int) -> Array:
-    path = tiles_path(epoch, query_set)
-    shape = run.store.array(path).shape
     selection = (slice(query_block, query_block + 1), slice(train_block, train_block + 1))
-    tile: Array = run.store.read(path, (*selection, *(slice(0, length) for length in shape[2:])))[0, 0]
+    tile: Array = run.store.read(tiles_path(epoch, query_set), selection)[0, 0]
     return tile
-
-
-def _block_of(run: Run, query_set: QuerySet, block: int) -> tuple[slice, ...]:
-    classes, side = len(run.classes), run.config.influence.tile_slices
-    return (slice(block, block + 1), slice(0, classes), slice(0, side))
 
 
 @dataclass(frozen=True)
@@ -149,7 +140,7 @@ class ExportInfluence(Stage[Stripe]):
         train_slices, train_classes = train_regions(run)
         rows = 0
         for position in range(len(run.classes)):
-            selection = (slice(position, position + 1), slice(key.start, key.stop), slice(0, len(train_slices)))
+            selection = (slice(position, position + 1), slice(key.start, key.stop))
             influence = run.store.read(f"{paths.INFLUENCE}/{key.query_set}", selection)[0]
             query, column = np.nonzero(~np.isnan(influence))
             table = pd.DataFrame(

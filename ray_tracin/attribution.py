@@ -105,10 +105,8 @@ def stored_words(form: RowFormat) -> int:
 
 def _write_shard(run: Run, make: "ShardDifferentiator", key: GradientShard) -> dict[str, Any]:
     rows, regions = make(key)
-    values = RowFormat.to_array(rows)
-    run.store.write(
-        gradients_path(key.epoch, key.query_set), (slice(key.start, key.stop), slice(0, values.shape[1])), values
-    )
+    path = gradients_path(key.epoch, key.query_set)
+    run.store.write(path, (slice(key.start, key.stop),), RowFormat.to_array(rows))
     return {"regions": regions}
 
 
@@ -201,6 +199,5 @@ class ShardDifferentiator:
 def _rows_of(run: Run, path: str, rows: Sequence[int]) -> Tensor:
     """Rows of an array, by one read of the range that spans them."""
     low, high = min(rows), max(rows) + 1
-    shape = run.store.array(path).shape
-    block = run.store.read(path, (slice(low, high), *(slice(0, length) for length in shape[1:])))
+    block = run.store.read(path, (slice(low, high),))
     return torch.from_numpy(block[np.asarray(rows) - low])

@@ -168,8 +168,7 @@ def region_features(run: Run, row: int, class_id: int, features: Sequence[int]) 
     """The maxima of some features in a region; NaN where there is none."""
     if not features:
         return torch.empty(0)
-    shape = run.store.array(MAXIMA).shape
-    maxima = run.store.read(MAXIMA, (slice(row, row + 1), slice(class_id - 1, class_id), slice(0, shape[2])))
+    maxima = run.store.read(MAXIMA, (slice(row, row + 1), slice(class_id - 1, class_id)))
     return torch.from_numpy(maxima[0, 0, list(features)])
 
 

@@ -104,20 +104,17 @@ class MapFeatures(Stage[SliceRange]):
 
         def take(key: SliceRange) -> Result:
             images = torch.from_numpy(run.images(range(key.start, key.stop)))
-            masks = torch.from_numpy(run.store.read(paths.MASKS, _rows(run, paths.MASKS, key)))
+            where = (slice(key.start, key.stop),)
+            masks = torch.from_numpy(run.store.read(paths.MASKS, where))
             parts = []
             with torch.inference_mode():
                 for batch, mask in zip(images.split(PREDICTED_SLICES), masks.split(PREDICTED_SLICES), strict=True):
                     _, maps = last_hidden_maps(network, HEAD, batch.to(device))
                     parts.append(region_maxima(maps.float(), mask.to(device)).cpu())
-            run.store.write(MAXIMA, _rows(run, MAXIMA, key), torch.cat(parts).numpy())
+            run.store.write(MAXIMA, where, torch.cat(parts).numpy())
             return {}
 
         return take
-
-
-def _rows(run: Run, path: str, key: SliceRange) -> tuple[slice, ...]:
-    return (slice(key.start, key.stop), *(slice(0, length) for length in run.store.array(path).shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -178,7 +175,7 @@ class _StripeSums:
 
     def __call__(self, key: Stripe) -> Result:
         run = self._run
-        selection = (slice(0, len(run.classes)), slice(key.start, key.stop), slice(0, len(self._train)))
+        selection = (slice(0, len(run.classes)), slice(key.start, key.stop))
         influence = torch.from_numpy(run.store.read(f"{paths.INFLUENCE}/{key.query_set}", selection))
         queries = self._maxima[list(run.query_slices(key.query_set)[key.start : key.stop])]
         stripe, features = key.start // run.config.influence.tile_slices, self._train.shape[1]
@@ -188,7 +185,7 @@ class _StripeSums:
             rows[:, self._left_out[position]] = torch.nan
             for start, stop in ranges(features, _chunk_features(places, features)):
                 sums, counts = self._ranked(rows, queries[:, position, start:stop], self._train[:, start:stop])
-                where = (slice(stripe, stripe + 1), slice(position, position + 1), slice(start, stop), slice(0, places))
+                where = (slice(stripe, stripe + 1), slice(position, position + 1), slice(start, stop))
                 run.store.write(SUMS, where, sums[None, None].numpy())
                 run.store.write(COUNTS, where, counts[None, None].numpy())
         return {"left_out": self._left_out.sum(1).tolist()}
@@ -241,10 +238,9 @@ class TabulateFeatures(Stage[str]):
 
 
 def _over_stripes(run: Run, path: str, position: int, start: int, stop: int) -> Array:
-    stripes, places = (run.store.array(path).shape[axis] for axis in (0, 3))
-    where = (slice(position, position + 1), slice(start, stop), slice(0, places))
+    where = (slice(position, position + 1), slice(start, stop))
     total: Array = run.store.read(path, (slice(0, 1), *where))[0, 0]
-    for stripe in range(1, stripes):
+    for stripe in range(1, run.store.array(path).shape[0]):
         total = total + run.store.read(path, (slice(stripe, stripe + 1), *where))[0, 0]
     return total
 

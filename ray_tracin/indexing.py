@@ -118,8 +118,8 @@ class _IndexWork:
         values = (
             sketcher(self._run, self._form.layout, key.epoch, self._size).sketch(self._form.rows(rows)).cpu().numpy()
         )
-        whole = (slice(key.start, key.stop), *(slice(0, length) for length in values.shape[1:]))
-        self._run.store.write(sketches_path(self._size, key.epoch, key.query_set), whole, values)
+        path = sketches_path(self._size, key.epoch, key.query_set)
+        self._run.store.write(path, (slice(key.start, key.stop),), values)
         return {"regions": regions}
 
 

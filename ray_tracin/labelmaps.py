@@ -140,8 +140,7 @@ def _predictions(run: Run, network: nn.Module, rows: Sequence[int]) -> UInt8[np.
 
 
 def _regions(run: Run, rows: Sequence[int]) -> UInt8[np.ndarray, "slice h w"]:
-    shape = run.store.array(paths.MASKS).shape[1:]
-    masks = run.store.read(paths.MASKS, (slice(rows[0], rows[-1] + 1), *(slice(0, length) for length in shape)))
+    masks = run.store.read(paths.MASKS, (slice(rows[0], rows[-1] + 1),))
     # At thresholds from 0.5 on no pixel is in two regions.
-    labels: Array = (masks * np.arange(1, shape[0] + 1, dtype=np.uint8)[:, None, None]).sum(1, dtype=np.uint8)
+    labels: Array = (masks * np.arange(1, masks.shape[1] + 1, dtype=np.uint8)[:, None, None]).sum(1, dtype=np.uint8)
     return labels

@@ -90,7 +90,7 @@ def mask_path(network: str) -> str:
 
 
 def _map_regions(run: Run, key: SliceRange, networks: Mapping[str, nn.Module], device: torch.device) -> dict[str, Any]:
-    rows = range(key.start, key.stop)
+    rows, where = range(key.start, key.stop), (slice(key.start, key.stop),)
     images = torch.from_numpy(run.images(rows))
     labelled = run.slices["labelled"].to_numpy(dtype=bool)[key.start : key.stop]
     labels = torch.from_numpy(run.labels(rows))
@@ -103,8 +103,8 @@ def _map_regions(run: Run, key: SliceRange, networks: Mapping[str, nn.Module], d
             result["overlap"] = region_overlap(masks, labels).tolist()
             result["dice"] = region_scores(logits, labels, masks).tolist()
         result[f"pixels_{name}"] = region_pixels(masks).tolist()
-        run.store.write(mask_path(name), _whole(key, masks.shape), masks.numpy())
-    run.store.write(paths.REGION_LABELS, _whole(key, labels.shape), labels.numpy())
+        run.store.write(mask_path(name), where, masks.numpy())
+    run.store.write(paths.REGION_LABELS, where, labels.numpy())
     return result
 
 
@@ -117,10 +117,6 @@ def _predict(network: nn.Module, images: Tensor, device: torch.device) -> Tensor
 def _source_of(network: str) -> str:
     """The ``regions.source`` under which a network's masks are the ones in use."""
     return FINAL if network == FINAL else "checkpoint"
-
-
-def _whole(key: SliceRange, shape: Sequence[int]) -> tuple[slice, ...]:
-    return (slice(key.start, key.stop), *(slice(0, length) for length in shape[1:]))
 
 
 @dataclass(frozen=True)

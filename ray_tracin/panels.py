@@ -55,9 +55,7 @@ def draw_feature(
 
 def region_mask(run: Run, row: int, class_id: int) -> Bool[np.ndarray, "h w"]:
     """The pixels of a region."""
-    height, width = run.store.array(paths.MASKS).shape[2:]
-    selection = (slice(row, row + 1), slice(class_id - 1, class_id), slice(0, height), slice(0, width))
-    mask: Array = run.store.read(paths.MASKS, selection)[0, 0]
+    mask: Array = run.store.read(paths.MASKS, (slice(row, row + 1), slice(class_id - 1, class_id)))[0, 0]
     return mask
 
 

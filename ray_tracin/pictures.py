@@ -134,8 +134,7 @@ def _predict(
 
 def _slice_rows(run: Run, key: SliceRange, prediction: Array, maps: Array) -> list[dict[str, Any]]:
     images, labels = run.images(_rows(key)), run.labels(_rows(key))
-    selection = (slice(key.start, key.stop), *(slice(0, n) for n in run.store.array(paths.MASKS).shape[1:]))
-    masks = run.store.read(paths.MASKS, selection)
+    masks = run.store.read(paths.MASKS, (slice(key.start, key.stop),))
     labelled = run.slices.set_index("slice")["labelled"].reindex(_rows(key)).to_numpy(dtype=bool)
     return [
         {

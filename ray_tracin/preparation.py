@@ -204,8 +204,8 @@ class Cut(Stage[CaseKey]):
             slices = cut_slices(load_volume(Case.from_json(entry["case"])), entry["indices"], scheme, data)
             rows = slice(entry["first_row"], entry["first_row"] + len(entry["indices"]))
             labels = np.zeros(_plane(slices.images), np.uint8) if slices.labels is None else slices.labels
-            store.write(paths.IMAGES, (rows, *(slice(0, n) for n in slices.images.shape[1:])), slices.images)
-            store.write(paths.LABELS, (rows, *(slice(0, n) for n in labels.shape[1:])), labels)
+            store.write(paths.IMAGES, (rows,), slices.images)
+            store.write(paths.LABELS, (rows,), labels)
             return {"pixels": [[int((plane == c + 1).sum()) for c in range(len(scheme.classes))] for plane in labels]}
 
         return cut

@@ -141,7 +141,7 @@ class Run:
             raise IndexError(f"expected rows from 0 to {array.shape[0] - 1}, got {strange[:5]}")
         if not len(rows):
             return np.empty((0, *array.shape[1:]), dtype=array.dtype)
-        parts = [(slice(int(row), int(row) + 1), *(slice(0, n) for n in array.shape[1:])) for row in rows]
+        parts = [(slice(int(row), int(row) + 1),) for row in rows]
         return np.concatenate(self.store.objects.parallel(lambda part: self.store.read(path, part), parts))
 
     def model(self, name: str | None = None, *, epoch: int | None = None) -> nn.Module:

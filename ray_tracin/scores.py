@@ -63,9 +63,8 @@ class StripeReader:
 
     def read(self, key: Stripe) -> Iterator[ClassScores]:
         """The scores of a stripe, a class at a time."""
-        array = self._run.influence(key.query_set)
-        whole = (slice(0, array.shape[0]), slice(key.start, key.stop), slice(0, array.shape[2]))
-        stripe = torch.from_numpy(self._run.store.read(f"{paths.INFLUENCE}/{key.query_set}", whole))
+        where = (slice(0, len(self._run.classes)), slice(key.start, key.stop))
+        stripe = torch.from_numpy(self._run.store.read(f"{paths.INFLUENCE}/{key.query_set}", where))
         for position, influence in enumerate(stripe):
             yield self._scores(key, position + 1, influence)
 
@@ -125,7 +124,7 @@ def train_cells(run: Run, most: int) -> Cells:
     rows = []
     for position in range(classes):
         for start, stop in ranges(n, block):
-            selection = (slice(position, position + 1), slice(start, stop), slice(0, classes * n))
+            selection = (slice(position, position + 1), slice(start, stop))
             part = run.store.read(f"{paths.INFLUENCE}/train", selection)[0].astype(np.float64)
             rows.append(_row_of_cells(part.reshape(stop - start, classes, n), starts))
     return Cells(block, *(np.stack(parts) for parts in zip(*rows, strict=True)))

@@ -257,8 +257,12 @@ class RunStore:
         return self._arrays[path]
 
     def write(self, path: str, selection: Selection, values: Array) -> None:
-        """Write a block that covers whole chunks (shards where the array has them); recorded for the receipt."""
+        """Write a block that covers whole chunks (shards where the array has them); recorded for the receipt.
+
+        Axes that the selection leaves out are whole.
+        """
         array = self.array(path)
+        selection = _all_axes(array, selection)
         _assert_owns_whole_chunks(array, selection)
         try:
             with explained("write", path, self.uri):
@@ -272,12 +276,13 @@ class RunStore:
                 array[selection] = values
 
     def read(self, path: str, selection: Selection | tuple[()] = ()) -> Array:
-        """The values of a block; all of the array without a selection.
+        """The values of a block; axes that the selection leaves out are whole.
 
         Raises:
             StorageError: a chunk is damaged; the message says which array and what to do.
         """
         array = self.array(path)
+        selection = selection and _all_axes(array, selection)
         try:
             return np.asarray(array[selection] if selection else array[...])
         except Exception as error:
@@ -392,6 +397,10 @@ def _container(path: str) -> tuple[str, str]:
     """``a.zarr/b/c`` → (``a.zarr``, ``b/c``): each ``.zarr`` folder is a Zarr hierarchy of its own."""
     container, _, inner = path.partition("/")
     return container, inner
+
+
+def _all_axes(array: ZarrArray, selection: Selection) -> Selection:
+    return (*selection, *(slice(0, length) for length in array.shape[len(selection) :]))
 
 
 def _assert_owns_whole_chunks(array: ZarrArray, selection: Selection) -> None:

@@ -114,10 +114,10 @@ class _TileWork:
         path, block = tiles_path(key.epoch, key.query_set), slice(key.query_block, key.query_block + 1)
         other = slice(key.train_block, key.train_block + 1)
         padded = _padded(kernel.cpu().numpy(), side, axes=(1, 3))[None, None]
-        store.write(path, (block, other, *(slice(0, length) for length in padded.shape[2:])), padded)
+        store.write(path, (block, other), padded)
         if key.train_block == (key.query_block if key.query_set == "train" else 0):
             norms = _padded(norm2.cpu().numpy(), side, axes=(1,))[None]
-            store.write(f"{path}_norm2", (block, *(slice(0, length) for length in norms.shape[1:])), norms)
+            store.write(f"{path}_norm2", (block,), norms)
         return {}
 
 
