@@ -76,18 +76,17 @@ class Differentiate(Stage[GradientShard]):
     def write_layout(self) -> None:
         """Create the arrays of every influence checkpoint."""
         run, settings = self.run, self.run.config.gradients
-        layout = differentiator(run, run.config.influence_epochs()[0], torch.device("cpu")).layout
-        rows_are = RowFormat(layout, settings.dtype)
+        form = row_format(run)
         for epoch in run.config.influence_epochs():
-            run.store.create_group(f"{paths.GRADIENTS}/{checkpoint_name(epoch)}", {"layout": layout.to_json()})
+            run.store.create_group(f"{paths.GRADIENTS}/{checkpoint_name(epoch)}", {"layout": form.layout.to_json()})
             for name in needed_sets(run):
                 rows = run.query_slices(name)
                 run.store.create_array(
                     gradients_path(epoch, name),
-                    shape=(len(rows), rows_are.words),
-                    shards=(settings.shard_slices, stored_words(rows_are)),
-                    chunks=(settings.shard_slices, min(INNER_CHUNK_WORDS, rows_are.words)),
-                    dtype=rows_are.array_dtype,
+                    shape=(len(rows), form.words),
+                    shards=(settings.shard_slices, stored_words(form)),
+                    chunks=(settings.shard_slices, min(INNER_CHUNK_WORDS, form.words)),
+                    dtype=form.array_dtype,
                     dimensions=("slice", "value"),
                     attributes={"logical_dtype": settings.dtype, "slices": list(rows)},
                 )
@@ -121,6 +120,12 @@ def differentiator(run: Run, epoch: int, device: torch.device) -> RegionDifferen
         classes=len(run.classes),
         precision=run.config.gradients.precision,
     )
+
+
+def row_format(run: Run) -> RowFormat:
+    """What the rows of a run are and how they are kept; the same at every checkpoint."""
+    layout = differentiator(run, run.config.influence_epochs()[0], torch.device("cpu")).layout
+    return RowFormat(layout, run.config.gradients.dtype)
 
 
 class ShardDifferentiator:

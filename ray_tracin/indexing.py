@@ -21,10 +21,9 @@ from torch import Tensor
 
 from ray_tracin import store as paths
 from ray_tracin.agreement import measure_agreement
-from ray_tracin.attribution import ShardDifferentiator, differentiator, needed_sets, region_exists
+from ray_tracin.attribution import ShardDifferentiator, needed_sets, region_exists, row_format
 from ray_tracin.influence import sum_checkpoints, train_columns, without_absent
 from ray_tracin.layers import Layout
-from ray_tracin.rounding import RowFormat
 from ray_tracin.runs import Run
 from ray_tracin.sketches import Sketcher, estimate_kernel
 from ray_tracin.stages import Result, Stage
@@ -57,11 +56,6 @@ def sketcher(run: Run, layout: Layout, epoch: int, size: int) -> Sketcher:
     return Sketcher(layout, size, f"{run.config.seed}/{checkpoint_name(epoch)}")
 
 
-def run_layout(run: Run) -> Layout:
-    """What the packed rows of a run are; the same at every checkpoint."""
-    return differentiator(run, run.config.influence_epochs()[0], torch.device("cpu")).layout
-
-
 @dataclass(frozen=True)
 class IndexSketches(Stage[GradientShard]):
     """Differentiate the regions of the run's query sets again, and keep their sketches."""
@@ -87,7 +81,7 @@ class IndexSketches(Stage[GradientShard]):
         """Create the arrays of every influence checkpoint."""
         run, classes = self.run, len(self.run.classes)
         epochs = run.config.influence_epochs()
-        values = sketcher(run, run_layout(run), epochs[0], self.size).values
+        values = sketcher(run, row_format(run).layout, epochs[0], self.size).values
         for epoch in epochs:
             for name in needed_sets(run):
                 rows = run.query_slices(name)
@@ -111,13 +105,12 @@ class _IndexWork:
     def __init__(self, run: Run, size: int) -> None:
         self._run, self._size = run, size
         self._make = ShardDifferentiator(run)
-        self._form = RowFormat(run_layout(run), run.config.gradients.dtype)
+        self._form = row_format(run)
 
     def __call__(self, key: GradientShard) -> Result:
         rows, regions = self._make(key)
-        values = (
-            sketcher(self._run, self._form.layout, key.epoch, self._size).sketch(self._form.rows(rows)).cpu().numpy()
-        )
+        project = sketcher(self._run, self._form.layout, key.epoch, self._size).sketch
+        values = project(self._form.rows(rows)).cpu().numpy()
         path = sketches_path(self._size, key.epoch, key.query_set)
         self._run.store.write(path, (slice(key.start, key.stop),), values)
         return {"regions": regions}

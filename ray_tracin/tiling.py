@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ray_tracin import store as paths
-from ray_tracin.attribution import ShardDifferentiator, differentiator, gradients_path
+from ray_tracin.attribution import ShardDifferentiator, gradients_path, row_format
 from ray_tracin.devices import pick_device
 from ray_tracin.influence import EXPANDED_VALUES, SegmentReader, tile_kernel
 from ray_tracin.layers import Layout, Segment
@@ -156,8 +156,7 @@ class _MadeRows:
         self._make = ShardDifferentiator(run)
         self.device = self._make.device
         self._run = run
-        layout = differentiator(run, run.config.influence_epochs()[0], torch.device("cpu")).layout
-        self._form = RowFormat(layout, run.config.gradients.dtype)
+        self._form = row_format(run)
         self._held: dict[Block, Tensor] = {}
 
     def sides(self, query: Block, train: Block) -> tuple[Layout, SegmentReader, SegmentReader | None]:
