@@ -100,15 +100,13 @@ def above_zero(key: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
 
 
 def first_places(
-    key: Float32[Tensor, "query column"], left_out: Bool[Tensor, " column"], k: int
-) -> Int64[Tensor, "query rank"]:
-    """The columns of the k largest keys of every query that are not left out, each at its place among all columns.
-
-    `NONE` where a column is left out, and after the k.
-    """
+    key: Float32[Tensor, "1 column"], left_out: Bool[Tensor, " column"], k: int
+) -> tuple[Int64[Tensor, " place"], Int64[Tensor, " place"]]:
+    """The columns of a query's k largest keys that are not left out, and their ranks among all columns, from 1."""
     lists = rank_regions(key, k + int(left_out.sum()))
     chosen = first_local(lists, left_out, k) & ~left_out[lists.clamp(min=0)]
-    return lists.masked_fill(~chosen, NONE)
+    places = chosen[0].nonzero()[:, 0]
+    return lists[0, places], places + 1
 
 
 def count_classes(

@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ray_tracin.assembly import train_regions
-from ray_tracin.explainers import NONE, above_zero, first_places
+from ray_tracin.explainers import above_zero, first_places
 from ray_tracin.explaining import SIDES, known_globals
 from ray_tracin.features import similarity
 from ray_tracin.featuring import MAXIMA, predictive_features
 from ray_tracin.runs import Run
 from ray_tracin.scores import ClassScores, StripeReader
-from ray_tracin.store import Array, IncompleteRunError
+from ray_tracin.store import IncompleteRunError
 from ray_tracin.vocabulary import QuerySet, Stripe, UsageError
 
 LOW_OVERLAP = 0.1
@@ -119,8 +119,8 @@ def explain_region(
     left_out = torch.zeros_like(is_global) if keep_global else is_global
     keys = {side: above_zero(sign * scores.ranked) for side, sign in SIDES.items()}
     keys["neutral"] = neutrality(run, scores.ranked)
-    lists = {name: _first(key, left_out, k) for name, key in keys.items()}
-    rows = {name: _ranking(run, scores, found, is_global) for name, found in lists.items()}
+    lists = {name: first_places(key, left_out, k) for name, key in keys.items()}
+    rows = {name: _ranking(run, scores, *found, is_global) for name, found in lists.items()}
     about = region_features(run, row, class_id, features)
     mine = run.slices.set_index("slice").loc[row]
     return RegionExplanation(
@@ -183,13 +183,6 @@ def _context(run: Run, class_id: int) -> tuple[Tensor, tuple[int, ...], tuple[st
     return is_global[class_id - 1], features, missing
 
 
-def _first(key: Tensor, left_out: Tensor, k: int) -> tuple[Array, Array]:
-    """The columns of the k largest that are not left out, and their ranks among all."""
-    places = first_places(key, left_out, k)[0]
-    ranks = (places != NONE).nonzero()[:, 0]
-    return places[ranks].numpy(), (ranks + 1).numpy()
-
-
 def _with_links(run: Run, ranking: pd.DataFrame, query: Tensor, features: Sequence[int]) -> pd.DataFrame:
     lines = zip(ranking["slice"], ranking["class_id"], strict=True)
     maxima = run.store.objects.parallel(lambda one: region_features(run, int(one[0]), int(one[1]), features), lines)
@@ -238,15 +231,14 @@ def _no_region(run: Run, row: int, class_name: str) -> str:
     )
 
 
-def _ranking(run: Run, scores: ClassScores, found: tuple[Array, Array], is_global: Tensor) -> pd.DataFrame:
-    columns, ranks = found
-    train_slices, train_classes = (values[columns] for values in train_regions(run))
+def _ranking(run: Run, scores: ClassScores, columns: Tensor, ranks: Tensor, is_global: Tensor) -> pd.DataFrame:
+    train_slices, train_classes = (values[columns.numpy()] for values in train_regions(run))
     slices = run.slices.set_index("slice").reindex(train_slices)
     regions = run.table("regions").set_index(["slice", "class"])
     there = regions.reindex(pd.MultiIndex.from_arrays([train_slices, train_classes]))
     return pd.DataFrame(
         {
-            "rank": ranks,
+            "rank": ranks.numpy(),
             "influence": scores.influence[0, columns].numpy(),
             "cosine": scores.cosine[0, columns].numpy(),
             "patient": slices["patient"].to_numpy(),
@@ -255,6 +247,6 @@ def _ranking(run: Run, scores: ClassScores, found: tuple[Array, Array], is_globa
             "class_id": train_classes,
             "slice": train_slices,
             "overlap": there["overlap"].to_numpy(),
-            "is_global": is_global.numpy()[columns],
+            "is_global": is_global[columns].numpy(),
         }
     )

@@ -24,7 +24,7 @@ from ray_tracin.attribution import (
 )
 from ray_tracin.config import SliceSelection
 from ray_tracin.devices import device_here
-from ray_tracin.explainers import NONE, above_zero, first_places, gradient_norms
+from ray_tracin.explainers import above_zero, first_places, gradient_norms
 from ray_tracin.explaining import known_globals
 from ray_tracin.folders import Case, find_cases
 from ray_tracin.indexing import agreement_path, indexed_kernel, indexed_sizes, sketcher
@@ -387,16 +387,14 @@ def _rankings(
         mine = scores[class_id - 1]
         ranked = mine.ranked[position : position + 1]
         for side, key in (("proponent", ranked), ("opponent", -ranked)):
-            places = first_places(above_zero(key), left_out[class_id - 1], k)[0]
-            ranks = (places != NONE).nonzero()[:, 0]
-            columns = places[ranks]
+            columns, ranks = first_places(above_zero(key), left_out[class_id - 1], k)
             frame = train.iloc[columns.tolist()].assign(
                 case=scan.table["case"].iloc[position],
                 index=scan.table["index"].iloc[position],
                 class_id=np.int32(class_id),
                 class_name=run.classes[class_id - 1],
                 side=side,
-                rank=(ranks + 1).numpy(),
+                rank=ranks.numpy(),
                 influence=mine.influence[position, columns].numpy(),
                 cosine=mine.cosine[position, columns].numpy(),
                 is_global=is_global[class_id - 1, columns].numpy(),

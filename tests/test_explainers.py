@@ -158,6 +158,7 @@ def test_a_query_on_which_every_influence_is_0_ranks_nobody() -> None:
 def test_places_are_those_among_all_without_those_left_out():
     key = torch.tensor([[5.0, 4.0, math.nan, 3.0, 2.0, 1.0], [math.nan, math.nan, 1.0, math.nan, math.nan, math.nan]])
     left_out = torch.tensor([True, False, False, False, True, False])
-    assert first_places(key, left_out, 2).tolist() == [[NONE, 1, 3, NONE], [2, NONE, NONE, NONE]]
-    assert first_places(key, left_out, 9)[0].tolist() == [NONE, 1, 3, NONE, 5, NONE]
-    assert first_places(above_zero(key - 4), left_out & False, 3)[0].tolist() == [0, NONE, NONE]
+    assert [part.tolist() for part in first_places(key[:1], left_out, 2)] == [[1, 3], [2, 3]]
+    assert [part.tolist() for part in first_places(key[1:], left_out, 2)] == [[2], [1]]
+    assert [part.tolist() for part in first_places(key[:1], left_out, 9)] == [[1, 3, 5], [2, 3, 5]]
+    assert [part.tolist() for part in first_places(above_zero(key - 4)[:1], left_out & False, 3)] == [[0], [1]]
