@@ -16,7 +16,7 @@ from ray_tracin.explaining import SIDES, known_globals
 from ray_tracin.features import similarity
 from ray_tracin.featuring import MAXIMA, predictive_features
 from ray_tracin.runs import Run
-from ray_tracin.scores import ClassScores, StripeReader
+from ray_tracin.scores import ClassScores, StripeReader, overlap_of
 from ray_tracin.store import IncompleteRunError
 from ray_tracin.vocabulary import QuerySet, Stripe, UsageError
 
@@ -158,10 +158,8 @@ def neutrality(run: Run, score: Float[Tensor, "query column"]) -> Float[Tensor, 
     """
     if run.config.gradients.score == "image":
         return -score.abs().masked_fill(score == 0, torch.nan)
-    slices, classes = train_regions(run)
-    overlap = run.table("regions").set_index(["slice", "class"])["overlap"]
-    mine = overlap.reindex(pd.MultiIndex.from_arrays([slices, classes])).to_numpy(dtype=float)
-    return -score.abs().masked_fill(torch.from_numpy(mine < LOW_OVERLAP), torch.nan)
+    low = torch.from_numpy(overlap_of(run, *train_regions(run)) < LOW_OVERLAP)
+    return -score.abs().masked_fill(low, torch.nan)
 
 
 def region_features(run: Run, row: int, class_id: int, features: Sequence[int]) -> Tensor:
@@ -234,8 +232,6 @@ def _no_region(run: Run, row: int, class_name: str) -> str:
 def _ranking(run: Run, scores: ClassScores, columns: Tensor, ranks: Tensor, is_global: Tensor) -> pd.DataFrame:
     train_slices, train_classes = (values[columns.numpy()] for values in train_regions(run))
     slices = run.slices.set_index("slice").reindex(train_slices)
-    regions = run.table("regions").set_index(["slice", "class"])
-    there = regions.reindex(pd.MultiIndex.from_arrays([train_slices, train_classes]))
     return pd.DataFrame(
         {
             "rank": ranks.numpy(),
@@ -246,7 +242,7 @@ def _ranking(run: Run, scores: ClassScores, columns: Tensor, ranks: Tensor, is_g
             "class_name": [run.classes[int(class_id) - 1] for class_id in train_classes],
             "class_id": train_classes,
             "slice": train_slices,
-            "overlap": there["overlap"].to_numpy(),
+            "overlap": overlap_of(run, train_slices, train_classes),
             "is_global": is_global[columns].numpy(),
         }
     )

@@ -17,23 +17,14 @@ from torch import Tensor
 
 from ray_tracin.arithmetic import arithmetic
 from ray_tracin.assembly import train_regions
-from ray_tracin.attribution import (
-    Differentiate,
-    differentiator,
-    region_exists,
-)
+from ray_tracin.attribution import Differentiate, differentiator, region_exists
 from ray_tracin.config import SliceSelection
 from ray_tracin.devices import device_here
 from ray_tracin.explainers import above_zero, first_places, gradient_norms
 from ray_tracin.explaining import known_globals
 from ray_tracin.folders import Case, find_cases
 from ray_tracin.indexing import agreement_path, indexed_kernel, indexed_sizes, sketcher
-from ray_tracin.influence import (
-    EXPANDED_VALUES,
-    sum_checkpoints,
-    train_columns,
-    without_absent,
-)
+from ray_tracin.influence import EXPANDED_VALUES, sum_checkpoints, train_columns, without_absent
 from ray_tracin.layers import Layout, Segment
 from ray_tracin.nifti import VolumeError
 from ray_tracin.preparation import label_scheme
@@ -46,7 +37,7 @@ from ray_tracin.regions import (
     whole_slices,
 )
 from ray_tracin.runs import FINAL, Run
-from ray_tracin.scores import ClassScores, class_scores, train_norm
+from ray_tracin.scores import ClassScores, class_scores, overlap_of, train_norm
 from ray_tracin.tiling import ShardReader, fitting_kernel
 from ray_tracin.vocabulary import UsageError, checkpoint_name, ranges
 from ray_tracin.volumes import Volume, choose_slices, cut_slices, cutting_warnings, load_volume
@@ -243,19 +234,14 @@ def read_scan(run: Run, source: str | Path, indices: Sequence[int] = ()) -> NewS
         UsageError: an examination lacks the slices that the run would choose, or the labels that it chooses them by.
     """
     update = {"root": str(source), "layout": "auto", "grade": "all", "cohort": "all", "strict": True}
-    frames, images, truths = [], [], []
-    for case in find_cases(run.config.data.model_copy(update=update))[0]:
-        frame, image, truth = _cut(run, case, indices)
-        frames.append(frame)
-        images.append(image)
-        truths.append(truth)
-    table, image = pd.concat(frames, ignore_index=True), torch.cat(images)
-    logits = _logits(run, FINAL, image)
-    labels = torch.cat(truths)
+    cases = find_cases(run.config.data.model_copy(update=update))[0]
+    frames, parts, truths = zip(*(_cut(run, case, indices) for case in cases), strict=True)
+    table, images, labels = pd.concat(frames, ignore_index=True), torch.cat(parts), torch.cat(truths)
+    logits = _logits(run, FINAL, images)
     unlabelled = torch.from_numpy(~table["labelled"].to_numpy(dtype=bool))
     labels[unlabelled] = predicted_labels(logits)[unlabelled]
     masks = region_masks(logits, run.config.regions.threshold)
-    return NewScan(table, image, labels, masks, region_scores(logits, labels, masks))
+    return NewScan(table, images, labels, masks, region_scores(logits, labels, masks))
 
 
 def _cut(run: Run, case: Case, indices: Sequence[int]) -> tuple[pd.DataFrame, Tensor, Tensor]:
@@ -417,7 +403,6 @@ def _train_table(run: Run) -> pd.DataFrame:
     """A row a train column of the tensor, in its order."""
     slices, classes = train_regions(run)
     own = run.slices.set_index("slice").reindex(slices)
-    regions = run.table("regions").set_index(["slice", "class"])["overlap"]
     return pd.DataFrame(
         {
             "patient": own["patient"].to_numpy(),
@@ -425,7 +410,7 @@ def _train_table(run: Run) -> pd.DataFrame:
             "train_class": [run.classes[int(one) - 1] for one in classes],
             "train_class_id": classes,
             "train_slice": slices,
-            "overlap": regions.reindex(pd.MultiIndex.from_arrays([slices, classes])).to_numpy(),
+            "overlap": overlap_of(run, slices, classes),
         }
     )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -100,6 +101,12 @@ def patients_of(run: Run, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.object_
     """The patient of each row of ``slices.zarr``."""
     patients = run.slices.set_index("slice")["patient"]
     return np.asarray(patients.reindex(rows).to_numpy(), dtype=object)
+
+
+def overlap_of(run: Run, slices: npt.NDArray[np.int32], classes: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    """The overlap of each region; NaN where it doesn't exist."""
+    overlap = run.table("regions").set_index(["slice", "class"])["overlap"]
+    return overlap.reindex(pd.MultiIndex.from_arrays([slices, classes])).to_numpy(dtype=float)
 
 
 @dataclass(frozen=True)
