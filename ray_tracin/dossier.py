@@ -19,7 +19,7 @@ from ray_tracin import store as paths
 from ray_tracin.charts import class_colours
 from ray_tracin.config import ReportConfig
 from ray_tracin.curation import review_regions
-from ray_tracin.explaining import global_columns
+from ray_tracin.explaining import cells_of, global_columns
 from ray_tracin.explanation import LOW_OVERLAP
 from ray_tracin.featuring import MAXIMA, predictive_features
 from ray_tracin.pictures import MAP_SIZE, DrawSlices, mapped_features, part_path
@@ -181,15 +181,13 @@ def _train(run: Run, rows: Sequence[int]) -> Json:
     """What stands behind the columns of the tensor."""
     place = {row: position for position, row in enumerate(rows)}
     norms = region_norms(run, "train").numpy() if "train" in run.query_sets else None
-    shares = np.full(global_columns(run).shape, np.nan, dtype=np.float32)
-    table = run.store.read_table(paths.GLOBAL_EXPLAINERS)
-    n = len(run.train_slices)
-    column = (table["train_class"].to_numpy(int) - 1) * n + np.searchsorted(run.train_slices, table["train_slice"])
-    shares[table["query_class"].to_numpy(int) - 1, column] = table[["share_proponent", "share_opponent"]].max(axis=1)
+    is_global, table = global_columns(run), run.store.read_table(paths.GLOBAL_EXPLAINERS)
+    shares = np.full(is_global.shape, np.nan, dtype=np.float32)
+    shares[cells_of(run, table)] = table[["share_proponent", "share_opponent"]].max(axis=1)
     return {
         "slices": [place[row] for row in run.train_slices],
         "norm": None if norms is None else packed(norms.ravel(), "float64"),
-        "global": packed(global_columns(run), "uint8"),
+        "global": packed(is_global, "uint8"),
         "share": packed(shares, "float32"),
     }
 

@@ -147,12 +147,17 @@ def global_columns(run: Run) -> npt.NDArray[np.bool_]:
     """Which train regions are global explainers for each query class: bool (query_class, train column)."""
     table = run.store.read_table(paths.GLOBAL_EXPLAINERS)
     chosen = table[table["is_global"]]
-    train, classes = np.asarray(run.train_slices), len(run.classes)
-    found = np.zeros((classes, classes * len(train)), dtype=bool)
-    position = np.searchsorted(train, chosen["train_slice"])
-    column = (chosen["train_class"].to_numpy(dtype=np.int64) - 1) * len(train) + position
-    found[chosen["query_class"].to_numpy(dtype=np.int64) - 1, column] = True
+    classes = len(run.classes)
+    found = np.zeros((classes, classes * len(run.train_slices)), dtype=bool)
+    found[cells_of(run, chosen)] = True
     return found
+
+
+def cells_of(run: Run, table: pd.DataFrame) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where the lines of a table stand in a matrix (query_class, train column): an index."""
+    place = np.searchsorted(np.asarray(run.train_slices), table["train_slice"])
+    column = (table["train_class"].to_numpy(dtype=np.int64) - 1) * len(run.train_slices) + place
+    return table["query_class"].to_numpy(dtype=np.int64) - 1, column
 
 
 def known_globals(run: Run) -> tuple[Tensor, tuple[str, ...]]:

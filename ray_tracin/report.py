@@ -33,7 +33,7 @@ from ray_tracin.dossier import (
 )
 from ray_tracin.runs import Run, open_run
 from ray_tracin.stages import Result, Stage
-from ray_tracin.store import IncompleteRunError, Receipt
+from ray_tracin.store import IncompleteRunError
 
 FOLDER = "report"
 PAGE = f"{FOLDER}/index.html"
@@ -116,15 +116,10 @@ def discard_other_report(run: Run) -> None:
     Raises:
         ClaimHeldError: the run is being computed; the report stays.
     """
-    receipt = _other_report(run)
-    if receipt is not None:
+    receipt = run.store.read_receipt(RenderReport.name, "index")
+    if receipt is not None and receipt.result.get("options") != _options(run):
         with driving(run.store.objects):
             run.store.objects.delete([receipt.path, *(file.path for file in receipt.files)])
-
-
-def _other_report(run: Run) -> Receipt | None:
-    receipt = run.store.read_receipt(RenderReport.name, "index")
-    return receipt if receipt is not None and receipt.result.get("options") != _options(run) else None
 
 
 def _options(run: Run) -> Json:
