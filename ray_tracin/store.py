@@ -11,12 +11,12 @@ This module knows nothing of networks, regions or Ray. Read `objects` (bytes) be
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,7 @@ FEATURE_SET_IMPACT = "tables/feature_set_impact.parquet"
 Selection = tuple[slice, ...]
 Array = npt.NDArray[Any]
 ZarrArray = zarr.Array[Any]
+Node = TypeVar("Node")
 
 
 def checkpoint_path(name: str) -> str:
@@ -222,11 +223,7 @@ class RunStore:
         Raises:
             IncompleteRunError: there is no such group yet.
         """
-        store, inner = self._hierarchy(path)
-        try:
-            return zarr.open_group(store, path=inner, mode="r", zarr_format=3).attrs.asdict()
-        except (FileNotFoundError, KeyError):
-            raise self._missing(path) from None
+        return self._opened(zarr.open_group, path, "r").attrs.asdict()
 
     def readable(self, path: str) -> ZarrArray:
         """The array at the path, open for reading alone.
@@ -234,11 +231,7 @@ class RunStore:
         Raises:
             IncompleteRunError: there is no such array yet.
         """
-        store, inner = self._hierarchy(path)
-        try:
-            return zarr.open_array(store, path=inner, mode="r", zarr_format=3)
-        except (FileNotFoundError, KeyError):
-            raise self._missing(path) from None
+        return self._opened(zarr.open_array, path, "r")
 
     def array(self, path: str) -> ZarrArray:
         """The array at the path, open for reading and for `write`.
@@ -247,12 +240,8 @@ class RunStore:
             IncompleteRunError: there is no such array yet.
         """
         if path not in self._arrays:
-            store, inner = self._hierarchy(path)
-            try:
-                opened = zarr.open_array(store, path=inner, mode="r+", zarr_format=3)
-            except (FileNotFoundError, KeyError):
-                raise self._missing(path) from None
             # write_empty_chunks is no part of the stored metadata: it must be set again at every opening.
+            opened = self._opened(zarr.open_array, path, "r+")
             self._arrays[path] = opened.with_config({"write_empty_chunks": True})
         return self._arrays[path]
 
@@ -345,12 +334,15 @@ class RunStore:
         hint = f"`ray-tracin status --run {self.uri}` says what is missing"
         return IncompleteRunError(f"{self.uri}/{path} does not exist yet: {hint}")
 
-    def _hierarchy(self, path: str) -> tuple[Store, str]:
-        """The Zarr store of a path that is there, and the path in it: to open one that isn't would make its folder."""
+    def _opened(self, how: Callable[..., Node], path: str, mode: str) -> Node:
+        """The array or group at a path that is there: to look for one that isn't would make its folder."""
         container, inner = _container(path)
         if self.objects.is_local and not Path(self.uri, container).is_dir():
             raise self._missing(path)
-        return self._zarr_store(container), inner
+        try:
+            return how(self._zarr_store(container), path=inner, mode=mode, zarr_format=3)
+        except (FileNotFoundError, KeyError):
+            raise self._missing(path) from None
 
     def _zarr_store(self, container: str) -> Store:
         return _RecordingStore(ObjectStore(self.objects.below(container).connection), container, self._written)
