@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from ray_tracin.config import RunConfig
 
@@ -145,15 +144,8 @@ def _lines(problems: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _setting(location: Sequence[str | int]) -> str:
     """Where a problem is, without what pydantic adds for types and elements."""
-    section: type[BaseModel] = RunConfig
-    path = list[str]()
-    for part in map(str, location):
-        field = section.model_fields.get(part)
-        path.append(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            break
-        section = field.annotation
-    return ".".join(path)
+    path = [str(part) for part in location]
+    return ".".join(path[: len(list(_sections(path)))])
 
 
 def _message(problem: Mapping[str, Any]) -> str:
@@ -172,17 +164,17 @@ def _explained(problem: Mapping[str, Any]) -> str:
     if problem["type"] != "extra_forbidden":
         hint = "; YAML wants a space after a colon" if any(":" in part for part in location) else ""
         return f"{where}: {_message(problem)}{_got(problem)}{hint}"
-    section = _section(RunConfig, location[:-1])
+    *_, section = _sections(location[:-1])
     return f"unknown setting {where!r}; known here: {', '.join(sorted(section.model_fields))}"
 
 
-def _section(model: type[BaseModel], path: Iterable[str]) -> type[BaseModel]:
-    for name in path:
-        model = _section_type(model.model_fields[name])
-    return model
-
-
-def _section_type(field: FieldInfo) -> type[BaseModel]:
-    if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-        raise TypeError(f"{field.annotation} is no section of the configuration")
-    return field.annotation
+def _sections(path: Iterable[str]) -> Iterator[type[BaseModel]]:
+    """The sections of the configuration that a path goes through, from the whole on."""
+    section: type[BaseModel] = RunConfig
+    yield section
+    for part in path:
+        field = section.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return
+        section = field.annotation
+        yield section
