@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from ray_tracin.vocabulary import MOST_CLASSES, Precision, RowDtype
+from ray_tracin.vocabulary import MOST_CLASSES, Precision, QuerySet, RowDtype
 
 FORMAT_VERSION = 1
 """Version of the run on disk; another one is refused."""
@@ -21,12 +21,13 @@ FORMAT_VERSION = 1
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Norm = Literal["batch", "instance", "group", "none"]
 LabelScheme = Literal["auto", "brats", "brats2023", "brats2024", "msd", "nnunet"]
 
 
-def speed_only(default: Any, **constraints: Any) -> Any:
+def speed_only(default: Any) -> Any:
     """A field that changes how fast a run goes, never what it computes: left out of the fingerprint."""
-    return Field(default, json_schema_extra={"speed_only": True}, **constraints)
+    return Field(default, json_schema_extra={"speed_only": True})
 
 
 class Section(BaseModel):
@@ -127,7 +128,7 @@ class ModelConfig(Section):
     """Feature maps of the first level and of the last hidden layer; every level below doubles them."""
     depth: Annotated[int, Field(ge=2)] = 5
     """Levels, the bottom one included."""
-    norm: Literal["batch", "instance", "group", "none"] = "batch"
+    norm: Norm = "batch"
     """The normalisation after every 3×3 convolution."""
 
 
@@ -211,7 +212,7 @@ class InfluenceConfig(Section):
 
     checkpoints: PositiveInt | tuple[int, ...] = 5
     """The first so many epochs after the switch to SGD, or a list of epochs."""
-    query_sets: tuple[Literal["train", "test"], ...] = ("train", "test")
+    query_sets: tuple[QuerySet, ...] = ("train", "test")
     """What is explained: the training slices themselves, the test queries, or both."""
     tile_slices: PositiveInt = 64
     """Slices on each side of a tile."""

@@ -9,14 +9,13 @@ It doesn't know how a network is trained, what a region is, or where weights are
 
 import math
 from collections import OrderedDict
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ray_tracin.config import ModelConfig
+from ray_tracin.config import ModelConfig, Norm
 
 HEAD = "head"
 """Name of the UNet's last layer, the 1×1 convolution from feature maps to logits."""
@@ -26,8 +25,6 @@ GROUPS = 8
 
 BACKGROUND_BIAS = 3.0
 """Initial bias of the head for the background; the biases of the classes are 0."""
-
-Norm = Literal["batch", "instance", "group", "none"]
 
 
 class UNet(nn.Module):
