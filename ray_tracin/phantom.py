@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import nibabel as nib
 import numpy as np
@@ -22,7 +22,6 @@ from ray_tracin.glioma import MODALITIES, RC, Anatomy, Grade, render_patient
 from ray_tracin.vocabulary import UsageError
 
 Edition = Literal["2017", "2018", "2019", "2020", "2021", "2022", "2023", "2024", "csv"]
-EDITIONS: tuple[Edition, ...] = get_args(Edition)
 DESCRIPTION = b"synthetic phantom"
 README = "README_PHANTOM.txt"
 README_TEXT = """These patients are synthetic: rendered by ray_tracin's phantom, not acquired from anyone.
@@ -192,7 +191,7 @@ def write_tables(folder: Path, grades: Sequence[Grade], *, edition: Edition = "2
 
 def _layout(edition: str) -> Layout:
     if edition not in LAYOUTS:
-        raise ValueError(f"unknown edition {edition!r}; known: {', '.join(get_args(Edition))}")
+        raise ValueError(f"unknown edition {edition!r}; known: {', '.join(LAYOUTS)}")
     return LAYOUTS[edition]
 
 
