@@ -33,9 +33,9 @@ def class_colours(count: int) -> list[str]:
     return [colour for colour, _ in zip(cycle(COLOURS), range(count), strict=False)]
 
 
-def printed(value: float, digits: int = 3) -> str:
-    """A number as it stands in a picture: so many digits, exponents for small ones alone, a minus that is no hyphen."""
-    plain = f"{value:.{digits}g}"
+def printed(value: float) -> str:
+    """A number as it stands in a picture: two digits, exponents for small ones alone, a minus that is no hyphen."""
+    plain = f"{value:.2g}"
     if "e" in plain and abs(value) >= 1:
         plain = f"{float(plain):.0f}"
     return plain.replace("-", "−")

@@ -227,13 +227,13 @@ def _storage_clock(objects: Objects) -> datetime:
     """The time of the storage itself: that of a file which is written now."""
     path = f"{CLAIMS}/clock-{uuid.uuid4().hex}"
     objects.put(path, b"")
-    now = next(changed for found, _, changed in objects.entries(CLAIMS) if found == path)
+    now = objects.changes(CLAIMS)[path]
     objects.delete([path])
     return now
 
 
 def _numbers(objects: Objects) -> dict[int, datetime]:
-    found = ((_NUMBERED.fullmatch(path), changed) for path, _, changed in objects.entries(CLAIMS))
+    found = ((_NUMBERED.fullmatch(path), changed) for path, changed in objects.changes(CLAIMS).items())
     return {int(match[1]): changed for match, changed in found if match}
 
 

@@ -184,7 +184,7 @@ def _caption(run: Run, example: Example, strength: float, same: float) -> str:
         return f"{where}\nf = {strength:.2f}"
     # Of two regions in which the feature is 0 (eq. 7).
     agreement = "S undefined" if isnan(same) else f"S = {same:.2f}".replace("-", "−")
-    return f"{where}\nT = {printed(example.influence, 2)}, f = {strength:.2f}, {agreement}"
+    return f"{where}\nT = {printed(example.influence)}, f = {strength:.2f}, {agreement}"
 
 
 def feature_maps(run: Run, rows: Sequence[int], feature: int) -> Iterator[Array]:

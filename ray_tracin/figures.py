@@ -89,10 +89,10 @@ def _query_label(found: RegionExplanation) -> str:
 
 
 def _train_label(name: str, line: Mapping[Any, Any]) -> str:
-    cosine = "undefined" if np.isnan(line["cosine"]) else printed(line["cosine"], 2)
+    cosine = "undefined" if np.isnan(line["cosine"]) else printed(line["cosine"])
     lines = [f"{name} {line['rank']}{', global' if line['is_global'] else ''}"]
     lines += [f"{line['class_name']}, slice {line['index']}", shortened(line["patient"])]
-    lines += [f"influence {printed(line['influence'], 2)}", f"cosine {cosine}", f"overlap {fixed(line['overlap'])}"]
+    lines += [f"influence {printed(line['influence'])}", f"cosine {cosine}", f"overlap {fixed(line['overlap'])}"]
     return "\n".join(lines)
 
 

@@ -84,7 +84,7 @@ def build_trainer(run: Run, **together: Any) -> Trainer:
     )
 
 
-def train_to(run: Run, trainer: Trainer, key: EpochKey, *, writes: bool, agree: Agree = _alone) -> dict[str, Any]:
+def train_to(run: Run, trainer: Trainer, key: EpochKey, *, writes: bool, agree: Agree) -> dict[str, Any]:
     """Train until the epoch is finished, from the newest state before it; write its checkpoint if this process does."""
     _rewind(run, trainer, key, agree)
     record = None

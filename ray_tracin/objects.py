@@ -246,7 +246,7 @@ class Objects:
             except (FileNotFoundError, NotFoundError):
                 return None
 
-    def states(self, prefix: str = "") -> dict[str, FileState]:
+    def states(self, prefix: str) -> dict[str, FileState]:
         """The state of every file below the prefix (a folder); one listing."""
         return {entry["path"]: FileState.of(entry) for entry in self._listed(prefix)}
 
@@ -254,9 +254,9 @@ class Objects:
         """Every file below the prefix (a folder) and its size in bytes; one listing."""
         return {entry["path"]: entry["size"] for entry in self._listed(prefix)}
 
-    def entries(self, prefix: str = "") -> list[tuple[str, int, datetime]]:
-        """Path, size and time of the last change (by the storage's clock) of every file below the prefix."""
-        return [(entry["path"], entry["size"], entry["last_modified"]) for entry in self._listed(prefix)]
+    def changes(self, prefix: str) -> dict[str, datetime]:
+        """When every file below the prefix (a folder) was last changed, by the storage's clock; one listing."""
+        return {entry["path"]: entry["last_modified"] for entry in self._listed(prefix)}
 
     def _listed(self, prefix: str) -> Sequence[Any]:
         with explained("list", prefix, self.uri):

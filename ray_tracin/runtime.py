@@ -257,9 +257,7 @@ def _execute_together(stage: Stage[Any], keys: Sequence[Any], report: Report, op
         raise stage_error(stage, {"training together": error}, len(keys), undone=undone) from error
 
 
-def write_phantoms(
-    folder: Path, patients: int, listen: Listener, *, edition: Edition = "2019", seed: int = 0, spacing: float = 2.0
-) -> None:
+def write_phantoms(folder: Path, patients: int, listen: Listener, *, edition: Edition = "2019", seed: int = 0) -> None:
     """Write synthetic patients, one a Ray task; files that are there are replaced by the same bytes.
 
     Raises:
@@ -270,8 +268,7 @@ def write_phantoms(
     reserve(folder, grades, edition=edition)
     write: Any = ray.remote(num_cpus=1)(write_patient)
     pending = [
-        write.remote(folder, number, edition=edition, seed=seed, spacing=spacing, grade=grade)
-        for number, grade in enumerate(grades)
+        write.remote(folder, number, edition=edition, seed=seed, grade=grade) for number, grade in enumerate(grades)
     ]
     listen(Event("phantoms", "begin", 0, patients))
     while pending:

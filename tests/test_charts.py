@@ -85,7 +85,7 @@ def test_findings_say_where_chance_alone_makes_global_explainers(tiny_run: Run) 
 
 
 def test_numbers_in_pictures() -> None:
-    assert [printed(value, 2) for value in (430.0, -0.013, 0.0, -12345.0, 2.6e-06)] == [
+    assert [printed(value) for value in (430.0, -0.013, 0.0, -12345.0, 2.6e-06)] == [
         *("430", "−0.013", "0", "−12000", "2.6e−06"),
     ]
 

@@ -153,9 +153,9 @@ def test_a_driver_that_slept_leaves_the_claim_of_one_with_its_number_alone(objec
 def test_the_heart_beats(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.2)
     with driving(objects):
-        [(_, _, first)] = objects.entries("claims")
+        [first] = objects.changes("claims").values()
         time.sleep(2)
-        [(_, _, later)] = objects.entries("claims")
+        [later] = objects.changes("claims").values()
     assert later > first
 
 
