@@ -10,7 +10,7 @@ import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,11 +19,11 @@ import numpy as np
 import pandas as pd
 
 from ray_tracin import store as paths
-from ray_tracin.folders import Case, decide_dialect, find_cases
+from ray_tracin.folders import Case, Skipped, decide_dialect, find_cases
 from ray_tracin.nifti import VolumeError, reading
 from ray_tracin.runs import Run
 from ray_tracin.stages import Result, Stage
-from ray_tracin.store import Array, IncompleteRunError, Receipt
+from ray_tracin.store import IncompleteRunError, Receipt
 from ray_tracin.vocabulary import CaseKey, Split, UsageError
 from ray_tracin.volumes import (
     Inspection,
@@ -84,8 +84,7 @@ class Inspect(Stage[CaseKey]):
             except VolumeError as error:
                 if data.strict:
                     raise
-                skipped = {"case": key.case, "path": cases[key].source, "reason": str(error)}
-                return {"files": files, "skipped": skipped}
+                return {"files": files, "skipped": asdict(Skipped(key.case, cases[key].source, str(error)))}
 
         return inspect
 
@@ -203,7 +202,7 @@ class Cut(Stage[CaseKey]):
             entry = entries[key.case]
             slices = cut_slices(load_volume(Case.from_json(entry["case"])), entry["indices"], scheme, data)
             rows = slice(entry["first_row"], entry["first_row"] + len(entry["indices"]))
-            labels = np.zeros(_plane(slices.images), np.uint8) if slices.labels is None else slices.labels
+            labels = np.zeros_like(slices.images[:, 0], np.uint8) if slices.labels is None else slices.labels
             store.write(paths.IMAGES, (rows,), slices.images)
             store.write(paths.LABELS, (rows,), labels)
             return {"pixels": [[int((plane == c + 1).sum()) for c in range(len(scheme.classes))] for plane in labels]}
@@ -247,12 +246,12 @@ def usable_cases(run: Run) -> tuple[list[Inspection], list[dict[str, str]]]:
         if "inspection" in result
     ]
     skipped = [dict(result["skipped"]) for _, result in held if "skipped" in result]
-    skipped += [_skipped_row(case.case, case.path, case.reason) for case in unreadable]
+    skipped += [asdict(case) for case in unreadable]
     labelled = {one.case.patient for one in usable if one.case.label is not None}
     # An examination without ground truth is only a query: were its patient trained on, it would explain itself.
     leaking = [one.case for one in usable if one.case.label is None and one.case.patient in labelled]
     reason = "has no segmentation, and its patient has another examination that has one: add a segmentation"
-    skipped += [_skipped_row(case.case, case.source, reason) for case in leaking]
+    skipped += [asdict(Skipped(case.case, case.source, reason)) for case in leaking]
     dropped = {case.case for case in leaking}
     kept = [one for one in usable if one.case.case not in dropped]
     return sorted(kept, key=lambda one: one.case.case), sorted(skipped, key=lambda row: row["case"])
@@ -368,11 +367,3 @@ def _holders(inspections: Sequence[Inspection]) -> str:
         f"{value} is in {len(cases)} of {len(inspections)} cases, such as {cases[0]}"
         for value, cases in holders.items()
     )
-
-
-def _skipped_row(case: str, path: str, reason: str) -> dict[str, str]:
-    return {"case": case, "path": path, "reason": reason}
-
-
-def _plane(images: Array) -> tuple[int, ...]:
-    return (images.shape[0], *images.shape[2:])
