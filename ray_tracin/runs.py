@@ -420,9 +420,10 @@ def _stored_document(store: RunStore) -> dict[str, Any]:
 def _check_versions(store: RunStore, config: RunConfig) -> None:
     try:
         stored = json.loads(store.objects.get(paths.VERSIONS))
-        assert isinstance(stored, dict)
-    except (FileNotFoundError, ValueError, AssertionError):
-        raise ValueError(f"{store.uri}/{paths.VERSIONS} is damaged or missing. {_restores(store)}") from None
+    except (FileNotFoundError, ValueError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{store.uri}/{paths.VERSIONS} is damaged or missing. {_restores(store)}")
     if stored.get("format") != FORMAT_VERSION:
         raise ValueError(
             f"the run at {store.uri} has format {stored.get('format')!r}, this ray_tracin reads format "
