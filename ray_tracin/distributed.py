@@ -24,7 +24,7 @@ from ray_tracin.assignment import TRIES
 from ray_tracin.learning import Train
 from ray_tracin.objects import StoredFile
 from ray_tracin.runs import Run
-from ray_tracin.stages import SHARED_SECONDS, Report, StageWorker, sound_receipts
+from ray_tracin.stages import SHARED_SECONDS, Report, StageWorker, done_receipts
 
 T = TypeVar("T")
 POLL_SECONDS = 2.0
@@ -100,7 +100,7 @@ def train_together(config: dict[str, Any]) -> None:
     context = get_context()
     rank, device = context.get_world_rank(), get_device()
     # Who sees more or less as finished, on a folder that shows late what others write, would train other epochs.
-    finished = told_by_first(set(sound_receipts(stage.run, stage.name)) if rank == 0 else set(), device)
+    finished = told_by_first(set(done_receipts(stage)) if rank == 0 else set(), device)
     work = stage.open_share(
         rank,
         agree=partial(state_of_first, run=stage.run, device=device),

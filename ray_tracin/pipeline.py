@@ -28,7 +28,7 @@ from ray_tracin.planning import plan_of
 from ray_tracin.preparation import Cut, Index, Inspect, TabulateSlices
 from ray_tracin.report import RenderReport, refuse_wrong_queries
 from ray_tracin.runs import Run, open_run
-from ray_tracin.stages import Event, Executor, Listener, Stage, complete, sound_receipts
+from ray_tracin.stages import Event, Executor, Listener, Stage, complete, done_receipts
 from ray_tracin.store import Receipt
 from ray_tracin.tiling import ComputeTiles
 from ray_tracin.vocabulary import checkpoint_name
@@ -145,7 +145,7 @@ def is_prepared(run: Run) -> bool:
 
 
 def _complete(stage: Stage[Any]) -> bool:
-    receipts = sound_receipts(stage.run, stage.name)
+    receipts = done_receipts(stage)
     return bool(receipts) and all(str(key) in receipts for key in stage.keys())  # noqa: SIM118
 
 
@@ -178,7 +178,7 @@ def _influence(run: Run, executors: Executors, listen: Listener) -> None:
 
 def _tiles_of(run: Run, epochs: tuple[int, ...], executors: Executors, listen: Listener) -> None:
     tiles = ComputeTiles(run, epochs)
-    done = sound_receipts(run, tiles.name)
+    done = done_receipts(tiles)
     missing = tuple(sorted({key.epoch for key in tiles.keys() if str(key) not in done}))  # noqa: SIM118
     if missing:
         refuse_what_does_not_fit(run)

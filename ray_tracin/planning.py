@@ -325,8 +325,7 @@ def plan_run(
 def measure(plan: Plan, uri: str | None) -> Rates:
     """The rates of this machine and of the storage of a run, or of temporary files where there is no run yet."""
     with tempfile.TemporaryDirectory() as folder:
-        exists = uri is not None and is_run(uri)
-        return calibrate(plan.config, plan.classes, uri if uri is not None and exists else folder)
+        return calibrate(plan.config, plan.classes, uri if uri is not None and is_run(uri) else folder)
 
 
 def plan_of(run: Run) -> Plan:

@@ -34,16 +34,7 @@ from ray_tracin.phantom import Edition, patient_grades, reserve, write_patient, 
 from ray_tracin.pipeline import is_prepared
 from ray_tracin.planning import plan_of
 from ray_tracin.pool import Pool
-from ray_tracin.stages import (
-    Attempt,
-    Event,
-    Listener,
-    Outcome,
-    Report,
-    Stage,
-    require_one_storage,
-    sound_receipts,
-)
+from ray_tracin.stages import Attempt, Event, Listener, Outcome, Report, Stage, done_receipts, require_one_storage
 from ray_tracin.vocabulary import UsageError
 from ray_tracin.workers import do_in_order
 
@@ -243,7 +234,7 @@ def _execute_in_order(stage: Stage[Any], keys: Sequence[Any], report: Report, op
             outcome: Outcome = "error" if of_work else "lost"
             report(left[0], Attempt(outcome, reason(error), started=began, seconds=time.time() - began))
             # Of the last one its answer may be all that was lost.
-            while left and str(left[0]) in sound_receipts(stage.run, stage.name):
+            while left and str(left[0]) in done_receipts(stage):
                 report(left.popleft())
 
 
@@ -253,7 +244,7 @@ def _execute_together(stage: Stage[Any], keys: Sequence[Any], report: Report, op
     try:
         import_module("ray_tracin.distributed").execute_with_ray_train(stage, keys, report, wanted)
     except Exception as error:
-        undone = len({str(key) for key in keys} - sound_receipts(stage.run, stage.name).keys())
+        undone = len({str(key) for key in keys} - done_receipts(stage).keys())
         raise stage_error(stage, {"training together": error}, len(keys), undone=undone) from error
 
 
