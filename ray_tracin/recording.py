@@ -69,7 +69,7 @@ class Call:
         self, position: int, output: int, output_gradient: Tensor, slices: int, shared: Sequence[bool]
     ) -> Float[Tensor, " column"]:
         arguments, keywords = tree_unflatten(self._part(position, slices, shared), self.structure)
-        written = tree_flatten(self.unit.module(*arguments, **keywords))[0][output]
+        written = tree_leaves(self.unit.module(*arguments, **keywords))[output]
         upstream = _part(output_gradient, position, slices)
         return flat_gradients(written, self.unit.parameters.values(), upstream)
 
@@ -201,7 +201,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _shapes(tree: Any) -> Shapes:
-    return tuple(tuple(leaf.shape) for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor))
+    return tuple(tuple(leaf.shape) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 @contextmanager
