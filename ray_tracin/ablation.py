@@ -15,7 +15,7 @@ from ray_tracin.features import feature_sets, impacts
 from ray_tracin.featuring import predictive_features
 from ray_tracin.mapping import PREDICTED_SLICES, slice_ranges
 from ray_tracin.runs import FINAL, Run
-from ray_tracin.stages import Result, Stage
+from ray_tracin.stages import Result, Stage, results_of
 from ray_tracin.unet import HEAD, last_hidden_maps
 from ray_tracin.vocabulary import SliceRange
 
@@ -114,8 +114,7 @@ class TabulateImpact(Stage[str]):
 
         def tabulate(_: str) -> Result:
             run = self.run
-            receipts = run.store.receipts(Ablate.name)
-            results = [receipts[str(key)].result for key in Ablate(run).keys()]  # noqa: SIM118
+            results = results_of(Ablate(run))
             slices = np.sum([result["slices"] for result in results], axis=0)
             sums = np.sum([result["features"] for result in results], axis=0)
             run.store.write_table(paths.FEATURE_IMPACT, _feature_rows(sums, slices))

@@ -34,7 +34,7 @@ from ray_tracin.explainers import (
 )
 from ray_tracin.runs import Run
 from ray_tracin.scores import ClassScores, StripeReader, TrainRegions, patients_of
-from ray_tracin.stages import Result, Stage
+from ray_tracin.stages import Result, Stage, results_of
 from ray_tracin.store import IncompleteRunError
 from ray_tracin.vocabulary import QuerySet, Stripe
 
@@ -112,7 +112,7 @@ class TabulateGlobalExplainers(Stage[str]):
 
         def tabulate(_: str) -> Result:
             counting = CountLists(self.run)
-            found = _results(counting)
+            found = results_of(counting)
             queries = np.sum([result["queries"] for result in found], axis=0)
             region = ["query_class", "train_class", "train_slice"]
             parts = [self.run.store.read_table(_part("lists", key)) for key in counting.keys()]  # noqa: SIM118
@@ -358,7 +358,7 @@ class TabulateRankings(Stage[str]):
         frames = []
         for query_set in self.run.query_sets:
             mine = [key.query_set == query_set for key in ranking.keys()]  # noqa: SIM118
-            results = [result for result, chosen in zip(_results(ranking), mine, strict=True) if chosen]
+            results = [result for result, chosen in zip(results_of(ranking), mine, strict=True) if chosen]
             counts = np.sum([result["class_counts"] for result in results], axis=0, dtype=np.int64)
             every = torch.from_numpy(counts)
             frames.append(
@@ -378,9 +378,3 @@ class TabulateRankings(Stage[str]):
 
 def _part(name: str, key: Stripe) -> str:
     return f"{paths.EXPLAINER_PARTS}/{name}/{key}.parquet"
-
-
-def _results(stage: Stage[Stripe]) -> list[Result]:
-    """What the keys of a finished stage found, in order."""
-    receipts = stage.run.store.receipts(stage.name)
-    return [receipts[str(key)].result for key in stage.keys()]  # noqa: SIM118

@@ -165,6 +165,12 @@ def done_receipts(stage: Stage[Any]) -> dict[str, Receipt]:
     return sound_receipts(stage.run, stage.name)
 
 
+def results_of(stage: Stage[Any]) -> list[Result]:
+    """What the keys of a finished stage found, in order."""
+    receipts = stage.run.store.receipts(stage.name)
+    return [receipts[str(key)].result for key in stage.keys()]  # noqa: SIM118
+
+
 def sound_receipts(run: Run, name: str) -> dict[str, Receipt]:
     """The receipts of a stage by its name, as `done_receipts`."""
     found = run.store.receipts(name)
