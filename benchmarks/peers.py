@@ -12,7 +12,6 @@ What each library needed to take part is in ``benchmarks/adapters/``, and in the
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from engine import relative_difference
+from engine import make_problem, peak_bytes, relative_difference
 
 SAME = 1e-5
 """Relative difference up to which two kernels count as the same."""
@@ -84,18 +83,15 @@ class Figures:
 def run_method(method: Method, options: argparse.Namespace) -> None:
     """What the process of a method does: time it, save its kernel, print the figures."""
     torch.set_num_threads(options.threads)
-    problem = import_module("engine").make_problem(options.slices, options.width, options.size)
+    problem = make_problem(options.slices, options.width, options.size)
     function: Callable[..., torch.Tensor] = getattr(import_module(method.module), method.function)
-    before = _peak()
+    cpu = torch.device("cpu")
+    before = peak_bytes(cpu)
     started = time.perf_counter()
     kernel = function(problem)
     seconds = time.perf_counter() - started
     np.save(options.kernel, kernel.double().numpy())
-    print(json.dumps({"seconds": seconds, "peak": _peak() - before}))
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": seconds, "peak": peak_bytes(cpu) - before}))
 
 
 def measure(method: Method, options: argparse.Namespace, folder: Path) -> Figures:

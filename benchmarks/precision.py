@@ -130,7 +130,7 @@ def compare(run: Run, count: int) -> str:
     batch = chosen_slices(run, count)
     exists = batch[2].flatten(2).any(2).T.flatten()
     epochs = run.config.influence_epochs()
-    rates = torch.tensor(run.store.attributes("influence.zarr")["learning_rates"], dtype=torch.float64)
+    rates = run.learning_rates
     reference = torch.zeros(len(exists), len(exists), dtype=torch.float64)
     for epoch, rate in zip(epochs, rates.tolist(), strict=True):
         rows = reference_rows(run.model(epoch=epoch), batch)

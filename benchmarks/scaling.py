@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import make_problem, peak_bytes
+from engine import CLASSES, make_problem, peak_bytes
 from torch import Tensor
 
 from ray_tracin.attribution import Differentiate
@@ -38,7 +38,6 @@ from ray_tracin.tiling import ComputeTiles
 from ray_tracin.unet import HEAD
 from ray_tracin.vocabulary import checkpoint_name
 
-CLASSES = 3
 BATCH = 8
 MEBIBYTE = 1 << 20
 AGAIN = ("gradients", "tiles")
@@ -175,7 +174,7 @@ def compare_workers(source: str, rounds: int) -> Iterator[str]:
         "| stage | keys | one worker, s | two workers, s | times as fast | work, two ÷ one | peak of a worker, MiB |",
         "|---|---|---|---|---|---|---|",
     )
-    for name in ("gradients", "tiles"):
+    for name in AGAIN:
         one, two = best[name, 1], best[name, 2]
         assert (one["workers"], two["workers"]) == (1, 2), "the pool didn't have the workers that were asked for"
         yield (
