@@ -183,10 +183,18 @@ def explain_scan(
     counts = {name: int(left_out[place].sum()) for place, name in enumerate(run.classes)}
     told = {name: count for name, count in counts.items() if count and name in set(regions["class_name"])}
     ranking = _rankings(run, scan, scores, is_global, left_out, k).assign(sketch_size=np.int32(size))
-    without = tuple(sorted(set(scan.table["case"]) - set(regions["case"])))
-    ranked_by, whole = run.config.explainers.score, run.config.gradients.score == "image"
-    about = (told, without, ranked_by, scan.warnings, whole, missing)
-    return ScanExplanation(regions, ranking, size, agreement, *about)
+    return ScanExplanation(
+        regions=regions,
+        ranking=ranking,
+        size=size,
+        agreement=agreement,
+        left_out=told,
+        without=tuple(sorted(set(scan.table["case"]) - set(regions["case"]))),
+        ranked_by=run.config.explainers.score,
+        warnings=scan.warnings,
+        whole_slices=run.config.gradients.score == "image",
+        missing=missing,
+    )
 
 
 def _nothing(run: Run, scan: NewScan, source: str | Path) -> str:
