@@ -69,7 +69,7 @@ def take_over(base: Run, run: Run, listen: Listener) -> None:
         for receipt in missing:
             _copy(receipt, base, run)
             done += 1
-            listen(Event(COPYING, "done", done, len(kept), str(receipt.key)))
+            listen(Event(COPYING, "done", done, len(kept), receipt.key))
         listen(Event(COPYING, "end", done, len(kept), detail=f"from {base.uri}"))
 
 

@@ -265,9 +265,7 @@ def verify_command(run: RunOption, debug: DebugOption = False) -> None:
         if not problems:
             out.print(f"every file of {opened.uri} is as it was written", markup=False)
             return
-        for key, found in problems.items():
-            for problem in found:
-                out.print(f"{key}: {problem}", markup=False)
+        print_lines(f"{key}: {problem}" for key, found in problems.items() for problem in found)
         damaged, foreign = len(problems) - (FOREIGN in problems), len(problems.get(FOREIGN, []))
         again = ["run the same command again, which computes exactly these anew"] if damaged else []
         strays = [f"`ray-tracin repair --run {opened.uri}` deletes the foreign files"] if foreign else []
@@ -281,8 +279,7 @@ def repair_command(run: RunOption, debug: DebugOption = False) -> None:
         with configuring(debug):
             refuse_no_run(run)
         done = repair(run)
-        for line in done:
-            out.print(line, markup=False)
+        print_lines(done)
         mended = sum(line.endswith((": restored", ": deleted")) for line in done)
         out.print(f"{mended} files mended: the same command as before now computes what is damaged", markup=False)
 
@@ -327,8 +324,7 @@ def nifti_command(
     with failing_clearly(debug):
         with configuring(debug):
             opened = open_run(run)
-        for path in export_label_maps(opened, folder, patient):
-            out.print(str(path), markup=False)
+        print_lines(map(str, export_label_maps(opened, folder, patient)))
         out.print("slices that the run did not cut are 0 in every map", markup=False)
 
 

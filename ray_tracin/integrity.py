@@ -206,12 +206,14 @@ def _nan_problems(run: Run, key: Stripe) -> Iterator[str]:
     trains = np.stack([region_exists(run, run.train_slices, epoch).T.reshape(-1) for epoch in epochs])
     pairs = queries[..., None] & trains[:, None, None, :]
     always = np.asarray(pairs.all(axis=0))
-    part, everything = slice(key.start, key.stop), slice(None)
-    base = f"{paths.INFLUENCE}/"
-    whole, kernel, norms = key.query_set, f"kernel_{key.query_set}", f"norm2_{key.query_set}"
-    yield _compared(base + whole, run.store.array(base + whole)[:, part], always)
-    yield _compared(base + kernel, run.store.array(base + kernel)[:, everything, part], pairs)
-    yield _compared(base + norms, run.store.array(base + norms)[:, everything, part], queries)
+    every, part = slice(None), slice(key.start, key.stop)
+    for prefix, where, exists in (
+        ("", (every, part), always),
+        ("kernel_", (every, every, part), pairs),
+        ("norm2_", (every, every, part), queries),
+    ):
+        path = f"{paths.INFLUENCE}/{prefix}{key.query_set}"
+        yield _compared(path, run.store.array(path)[where], exists)
 
 
 def _compared(path: str, values: Any, exists: Array) -> str:
