@@ -1,6 +1,6 @@
 """The paper's figures that are drawn from tables: proponent classes, the impact of features.
 
-Colours are those of `figures`; what a class or a set is called stands beside its colour.
+What a class or a set is called stands beside its colour.
 """
 
 from collections.abc import Sequence

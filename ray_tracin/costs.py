@@ -38,6 +38,8 @@ COLUMNS = {
 been done anew since. ``process`` is 0 and the rest empty where it isn't known."""
 SAME = ["stage", "key", "started"]
 """What tells attempts apart."""
+EVENTS_KEY = "events"
+"""The pseudo-stage, and its only key, of the receipt that vouches for the bytes of the table."""
 
 
 def collect_events(run: Run, stages: Iterable[str]) -> pd.DataFrame:
@@ -74,10 +76,6 @@ def publish_events(run: Run, stages: Iterable[str]) -> None:
     store.write_receipt(Receipt(EVENTS_KEY, EVENTS_KEY, run.fingerprint, files=store.take_written()))
     # Only now: a kill in between leaves them twice, which the next call sees.
     store.objects.delete(attempts)
-
-
-EVENTS_KEY = "events"
-"""The pseudo-stage, and its only key, of the receipt that vouches for the bytes of the table."""
 
 
 def _row_of(receipt: Receipt) -> dict[str, Any]:

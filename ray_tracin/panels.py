@@ -74,9 +74,8 @@ def shortened(patient: str) -> str:
 def _outline(axis: Axes, area: Bool[np.ndarray, "h w"], colour: str) -> None:
     if area.any():
         line = axis.contour(area, levels=[0.5], colors=colour, linewidths=0.7)
-        line.set(
-            path_effects=[withStroke(linewidth=1.6, foreground="black")]
-        )  # A line alone is lost on bright tumours.
+        # A line alone is lost on bright tumours.
+        line.set(path_effects=[withStroke(linewidth=1.6, foreground="black")])
 
 
 def _painted(image: Array, region: Array, colour: str) -> Array:

@@ -1,8 +1,8 @@
 """Ray at the edge: finding or starting a cluster, and who does the keys of which stage on it.
 
-Ray wraps plain classes here and in the modules beside it: a unit of work goes to a worker as a key and comes back as a
-receipt; results travel through the run's storage, never through Ray's object store. What happens to workers is `pool`'s
-affair, tables are `datasets`', processes that train together `distributed`'s.
+Ray wraps plain classes here and in the modules beside it: a unit of work goes to a worker as a key, and what comes back
+says no more than that it is done; results travel through the run's storage, never through Ray's object store. What
+happens to workers is `pool`'s affair, tables are `datasets`', processes that train together `distributed`'s.
 """
 
 import logging
