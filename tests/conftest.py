@@ -59,6 +59,14 @@ def tiny_run(patients: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.fixture
+def attempts(tmp_path: Path) -> Path:
+    """Where stages of `faulty` count their attempts."""
+    folder = tmp_path / "attempts"
+    folder.mkdir()
+    return folder
+
+
 def branch(base: Run, folder: Path, *overrides: str) -> Run:
     """A run that begins with what the settings given leave as it is of another one, such as its network."""
     run = start_run(folder, overrides=overrides, base=base)

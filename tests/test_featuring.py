@@ -10,6 +10,7 @@ import pytest
 import torch
 import zarr
 from conftest import TINY
+from test_features import hard_dice
 
 from ray_tracin import featuring
 from ray_tracin.ablation import Ablate, TabulateImpact
@@ -175,11 +176,6 @@ def test_trends_are_those_of_the_curves_in_the_table(tiny_run: Run) -> None:
         assert line.predictive == (shape and line.importance_first > 0.65)
     assert (trends["trend"] == "dead").any(), "a class that is never predicted"
     assert (trends["trend"] != "dead").any()
-
-
-def hard_dice(prediction: np.ndarray, truth: np.ndarray, class_id: int) -> float:
-    a, b = prediction == class_id, truth == class_id
-    return 2 * (a & b).sum() / (a.sum() + b.sum()) if a.any() or b.any() else np.nan
 
 
 def expected_impact(

@@ -7,7 +7,7 @@ import test_arithmetic
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from monai.networks.nets import BasicUNet
+from test_gradients import monai_unet
 
 from ray_tracin import arithmetic, correlation, influence, pairing
 from ray_tracin.gradients import RegionDifferentiator
@@ -74,10 +74,6 @@ def test_kernel_equals_the_oracle(deep):
     assert oracle.difference(kernel, expected) < 1e-5
     own = oracle.kernel(part(gradients, 0, 2), part(gradients, 0, 2))
     assert oracle.difference(norm2, torch.einsum("iziz->iz", own)) < 1e-5
-
-
-def monai_unet():
-    return BasicUNet(spatial_dims=2, in_channels=2, out_channels=3, features=(4, 4, 8, 8, 16, 4))
 
 
 OTHERS = {

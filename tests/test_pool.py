@@ -49,13 +49,6 @@ def run(tmp_path: Path) -> Run:
     return start_run(tmp_path / "run", preset="demo")
 
 
-@pytest.fixture
-def attempts(tmp_path: Path) -> Path:
-    folder = tmp_path / "attempts"
-    folder.mkdir()
-    return folder
-
-
 def object_store() -> str:
     """What this cluster's object store holds, in Ray's words; there may be other clusters on this machine."""
     return memory_summary(address=ray.get_runtime_context().gcs_address, stats_only=True)

@@ -42,13 +42,6 @@ def run(tmp_path: Path) -> Run:
     return start_run(tmp_path / "run", preset="demo")
 
 
-@pytest.fixture
-def attempts(tmp_path: Path) -> Path:
-    folder = tmp_path / "attempts"
-    folder.mkdir()
-    return folder
-
-
 def _complete(stage: Stage[Any], execute: Executor) -> list[Event]:
     events: list[Event] = []
     complete(stage, execute, events.append)
