@@ -340,6 +340,7 @@ def sketches(
     with failing_clearly(debug):
         with configuring(debug):
             opened = start_run(open_run(run).uri, overrides=overrides or [])
+            refuse_missing_patients(opened)
         started = time.monotonic()
         with cluster(address) as kind, progress(out) as listen, RayExecutor(elastic=kind == "cluster") as pool:
             index_sketches(on_one_device(opened, kind), size, Executors(pool=pool, tables=pool), listen)

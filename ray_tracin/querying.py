@@ -255,7 +255,7 @@ def read_scan(run: Run, source: str | Path, indices: Sequence[int] = ()) -> NewS
 def _cut(run: Run, case: Case, indices: Sequence[int]) -> tuple[pd.DataFrame, Tensor, Tensor]:
     data, volume = run.config.data, load_volume(case)
     asked = SliceSelection(selection="list", indices=tuple(set(indices))) if indices else None
-    chosen = slab = choose_slices(volume, asked) if asked else _own_slices(run, volume)
+    chosen = slab = _asked_slices(volume, asked) if asked else _own_slices(run, volume)
     if asked and data.intensity == "maximum":
         # Of a whole slab: a slice is scaled as among the run's own, not by itself.
         with suppress(UsageError):
@@ -268,6 +268,18 @@ def _cut(run: Run, case: Case, indices: Sequence[int]) -> tuple[pd.DataFrame, Te
     warnings = "; ".join([*volume.warnings, *cutting_warnings(volume, chosen, data)])
     about = {"case": case.case, "labelled": cut.labels is not None, "warnings": warnings}
     return pd.DataFrame({"index": chosen, **about}), images, labels
+
+
+def _asked_slices(volume: Volume, asked: SliceSelection) -> tuple[int, ...]:
+    """Those that are asked for.
+
+    Raises:
+        UsageError: the scan lacks one, which another ``--index`` would mend.
+    """
+    try:
+        return choose_slices(volume, asked)
+    except VolumeError as error:
+        raise UsageError(f"--index: {error}") from None
 
 
 def _own_slices(run: Run, volume: Volume) -> tuple[int, ...]:

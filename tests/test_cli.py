@@ -104,6 +104,8 @@ def test_patients_that_are_not_there_are_missed_before_anything_starts(tmp_path:
         done = invoke("run", "--run", str(tmp_path / "run"), "--preset", "demo", *settings(*set_root))
         assert (done.exit_code, message in done.stderr) == (2, True)
         assert not done.stdout
+    done = invoke("sketches", "--run", str(tmp_path / "run"), "--set", f"data.root={root}")
+    assert (done.exit_code, f"{root} does not exist" in done.stderr, done.stdout) == (2, True, "")
 
 
 # Bad data: one message, nothing lost.

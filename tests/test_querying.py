@@ -272,6 +272,13 @@ def test_slices_can_be_chosen(indexed: Run) -> None:
     assert set(found.regions["index"]) == {index}
 
 
+def test_a_slice_that_the_scan_lacks_is_wrong_usage(indexed: Run) -> None:
+    folder, _ = known_case(indexed)
+    done = CliRunner().invoke(app, ["query", "--run", indexed.uri, "--case", str(folder), "--index", "400"])
+    assert done.exit_code == 2
+    assert f"--index: {folder.name}: expected slice 400, found slices 0 to" in done.output
+
+
 def test_a_missing_index_or_shards_are_named(tiny_run: Run, indexed: Run, tmp_path: Path) -> None:
     folder, _ = known_case(indexed)
     with pytest.raises(ValueError, match=r"has no index: `ray-tracin sketches .* --size 32` makes one"):
