@@ -209,7 +209,11 @@ def _query_position(run: Run, row: int) -> tuple[QuerySet, int]:
         rows = run.query_slices(query_set)
         if row in rows:
             return query_set, rows.index(row)
-    raise UsageError(f"slice {row} is in none of the query sets of this run: {', '.join(run.query_sets)}")
+    mine = run.slices.set_index("slice").loc[row]
+    raise UsageError(
+        f"{mine['case']} is a {mine['split']} case, and this run explains the {' and '.join(run.query_sets)} slices "
+        "alone (split, influence.query_sets): `ray-tracin query` explains any scan"
+    )
 
 
 def _no_region(run: Run, row: int, class_name: str) -> str:

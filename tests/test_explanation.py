@@ -19,6 +19,7 @@ from ray_tracin.config import ExplainersConfig
 from ray_tracin.explanation import RegionExplanation, explain_region
 from ray_tracin.runs import Run, open_run
 from ray_tracin.store import IMAGES, LABELS, MASKS, RunStore
+from ray_tracin.vocabulary import UsageError
 
 FEATURES = (2, 0)
 
@@ -303,3 +304,11 @@ def test_what_a_patient_was_read_with_is_a_warning(planted: Run) -> None:
     text = "read with a warning: left and right are a guess (LAS)"
     assert text in explain_region(run, *where).warnings
     assert not any("read with" in warning for warning in explain_region(run, *other).warnings)
+
+
+def test_a_case_of_no_query_set_is_told_by_its_split(tiny_run: Run) -> None:
+    influence = tiny_run.config.influence.model_copy(update={"query_sets": ("test",)})
+    run = Run(tiny_run.store, tiny_run.config.model_copy(update={"influence": influence}))
+    patient, index, class_name, *_ = first_region(tiny_run, "train")
+    with pytest.raises(UsageError, match=f"{patient} is a train case, and this run explains the test slices alone"):
+        explain_region(run, patient, index, class_name)
