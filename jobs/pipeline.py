@@ -3,8 +3,7 @@
 ray job submit --working-dir . -- python jobs/pipeline.py --run s3://bucket/run --config config.yaml
 """
 
-from ray_tracin.cli import job
-from ray_tracin.pipeline import STEPS
+from ray_tracin.cli import ALL_STEPS, job
 
 if __name__ == "__main__":
-    job(STEPS[-1])
+    job(ALL_STEPS)

@@ -43,6 +43,8 @@ from ray_tracin.stages import Listener, Report, Stage
 from ray_tracin.vocabulary import UsageError
 
 DEMO_PATIENTS = 28
+ALL_STEPS = "run"
+"""The command that is all steps. Unlike ``report``, the last one's, it leaves a report that exists as it is."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -198,9 +200,10 @@ def report_command(  # noqa: PLR0913, PLR0917
     step_command("report", discard_other_report)(run, config, preset, everything, address, debug)
 
 
-def job(step: str) -> None:
-    """Run a step as a program of its own: what a file in ``jobs/`` calls."""
-    typer.run(report_command if step == RenderReport.name else step_command(step))
+def job(name: str) -> None:
+    """Run a command as a program of its own, a step or ``run``: what a file in ``jobs/`` calls."""
+    own = {RenderReport.name: report_command, ALL_STEPS: step_command(STEPS[-1])}
+    typer.run(own.get(name) or step_command(name))
 
 
 _HELP = {
@@ -217,7 +220,7 @@ _HELP = {
 for _step, _what in _HELP.items():
     app.command(_step, help=f"{_what} Completes what it needs, resumes where it stands.")(step_command(_step))
 app.command(RenderReport.name)(report_command)
-app.command("run", help="All steps, each resumed where it stands.")(step_command(STEPS[-1]))
+app.command(ALL_STEPS, help="All steps, each resumed where it stands.")(step_command(STEPS[-1]))
 
 
 @app.command("plan")

@@ -345,6 +345,21 @@ def test_jobs_are_the_commands(
     assert "seed: 0 → 4" in capsys.readouterr().err
 
 
+def test_the_job_of_all_steps_is_the_command_run(
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the last step's: `report` renders again, with pictures of patients, what was rendered without."""
+    path = str(ROOT / "jobs/pipeline.py")
+    for arguments, message in (
+        (["--run", str(tmp_path / "new"), "--from", str(tmp_path / "none")], "no run at"),
+        (["--run", tiny_run.uri, "--no-images"], "No such option"),
+    ):
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(path, run_name="__main__")
+        assert (end.value.code, message in capsys.readouterr().err) == (2, True)
+
+
 def test_an_explanation_is_drawn(tiny_run: Run, tmp_path: Path) -> None:
     regions = tiny_run.table("regions")
     there = regions[regions.pixels > 0].iloc[0]
