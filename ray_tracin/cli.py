@@ -29,7 +29,7 @@ from ray_tracin.console import configuring, fail, failing_clearly, out, print_li
 from ray_tracin.datasets import execute_on_ray_data
 from ray_tracin.explanation import explain_region
 from ray_tracin.figures import draw_explanation
-from ray_tracin.integrity import FOREIGN, refuse_no_run, repair, verify
+from ray_tracin.integrity import refuse_no_run, remedies, repair, verify
 from ray_tracin.labelmaps import export_label_maps
 from ray_tracin.phantom import Edition
 from ray_tracin.pipeline import STEPS, Executors, index_sketches, is_prepared, refuse_missing_patients, run_to, status
@@ -269,10 +269,7 @@ def verify_command(run: RunOption, debug: DebugOption = False) -> None:
             out.print(f"every file of {opened.uri} is as it was written", markup=False)
             return
         print_lines(f"{key}: {problem}" for key, found in problems.items() for problem in found)
-        damaged, foreign = len(problems) - (FOREIGN in problems), len(problems.get(FOREIGN, []))
-        again = ["run the same command again, which computes exactly these anew"] if damaged else []
-        strays = [f"`ray-tracin repair --run {opened.uri}` deletes the foreign files"] if foreign else []
-        fail(f"{damaged} damaged keys, {foreign} foreign files: {'; '.join([*again, *strays])}", 1)
+        fail(remedies(problems, opened.uri), 1)
 
 
 @app.command("repair")

@@ -5,7 +5,7 @@ does the two things that running can't: it restores the configuration's own file
 """
 
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,20 @@ def verify(run: Run) -> dict[str, list[str]]:
         problems.update(_wrong_nans(run))
     foreign = _foreign(run, evidence)
     return {**problems, **({FOREIGN: foreign} if foreign else {})}
+
+
+def remedies(problems: Mapping[str, list[str]], uri: str) -> str:
+    """How much `verify` has found, and what mends it: running again makes no configuration."""
+    damaged, foreign = len(problems) - (FOREIGN in problems), len(problems.get(FOREIGN, []))
+    configuration = "/".join(RECORD) in problems
+    which = "the others" if configuration else "these"
+    found = [
+        (configuration, f"`ray-tracin repair --run {uri}` restores the configuration"),
+        (damaged > configuration, f"run the same command again, which computes exactly {which} anew"),
+        (bool(foreign), f"`ray-tracin repair --run {uri}` deletes the foreign files"),
+    ]
+    advice = "; ".join(text for helps, text in found if helps)
+    return f"{damaged} damaged keys, {foreign} foreign files: {advice}"
 
 
 def refuse_no_run(uri: str) -> None:

@@ -249,6 +249,18 @@ def test_verify_says_that_all_is_well_or_what_is_not(tiny_run: Run) -> None:
     assert "1 damaged keys, 0 foreign files: run the same command again" in done.stderr
 
 
+def test_verify_advises_what_mends_a_configuration(tiny_run: Run, tmp_path: Path) -> None:
+    """Edited where it changes no answer, it is one that commands go on with, and never write anew."""
+    run = Path(shutil.copytree(tiny_run.uri, tmp_path / "run"))
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("workers: 2", "workers: 3"))
+    restores = f"1 damaged keys, 0 foreign files: `ray-tracin repair --run {run}` restores the configuration\n"
+    assert invoke("verify", "--run", str(run)).stderr.endswith(restores)
+    (run / "regions.parquet").unlink()
+    again = "restores the configuration; run the same command again, which computes exactly the others anew\n"
+    assert invoke("verify", "--run", str(run)).stderr.endswith(again)
+    assert invoke("repair", "--run", str(run)).stdout.startswith("config.yaml: restored\n1 files mended")
+
+
 def test_repair_counts_what_it_mends_and_names_are_told_as_they_are(tiny_run: Run, tmp_path: Path) -> None:
     run = Path(shutil.copytree(tiny_run.uri, tmp_path / "run[final]"))
     assert f"every file of {run} is as it was written" in invoke("verify", "--run", str(run)).stdout
