@@ -26,6 +26,7 @@ from ray_tracin.folders import Case, find_cases
 from ray_tracin.indexing import agreement_path, indexed_kernel, indexed_sizes, sketcher
 from ray_tracin.influence import EXPANDED_VALUES, sum_checkpoints, train_columns, without_absent
 from ray_tracin.layers import Layout, Segment
+from ray_tracin.mapping import PREDICTED_SLICES
 from ray_tracin.nifti import VolumeError
 from ray_tracin.preparation import label_scheme
 from ray_tracin.regions import (
@@ -310,7 +311,7 @@ def _logits(run: Run, network: str, images: Tensor) -> Tensor:
     device = device_here(run)
     model = run.model(network).to(device)
     with torch.inference_mode(), arithmetic():
-        parts = [model(batch.to(device)).float().cpu() for batch in images.split(run.config.resources.batch_slices)]
+        parts = [model(batch.to(device)).float().cpu() for batch in images.split(PREDICTED_SLICES)]
     return torch.cat(parts).clone()
 
 
